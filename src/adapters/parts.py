@@ -1,0 +1,86 @@
+"""Building blocks of control adapters: connectors, condition stems, copies.
+
+Legend in `src.types`: h is a frozen feature, a the adapter's feature, both (B, T, D).
+"""
+
+from torch import Tensor, nn
+
+from src.backbones.base import Backbone
+from src.types import ConditionSpace
+
+
+class ZeroMLP(nn.Module):
+    """out = h + s Z(a), with Z a zero-initialised linear layer (the token form of ControlNet's zero convolution)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.add = zero_linear(width)
+
+    def forward(self, h_BTD: Tensor, a_BTD: Tensor, scale: float = 1.0) -> Tensor:
+        return h_BTD + scale * self.add(a_BTD)
+
+
+class ZeroFT(nn.Module):
+    """out = h (1 + s Zm(a)) + s Za(a): multiply, add and shortcut, both linears zero-initialised.
+
+    UniCon (2503.17221) names it; its ancestor is the ZeroSFT of SUPIR. h is the frozen feature: only this direction
+    makes the untrained adapter reproduce the frozen backbone. scale s = 0 gives h.
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.multiply, self.add = zero_linear(width), zero_linear(width)
+
+    def forward(self, h_BTD: Tensor, a_BTD: Tensor, scale: float = 1.0) -> Tensor:
+        return h_BTD * (1 + scale * self.multiply(a_BTD)) + scale * self.add(a_BTD)
+
+
+CONNECTORS: dict[str, type[nn.Module]] = {"zero_mlp": ZeroMLP, "zero_ft": ZeroFT}
+
+
+def zero_linear(width: int) -> nn.Linear:
+    """A square linear layer that starts at zero."""
+    layer = nn.Linear(width, width)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class ConditionStem(nn.Module):
+    """The condition on the backbone's token grid.
+
+    space "latent": the condition went through the autoencoder; a trainable copy of the backbone's own patch embedding
+    reads it, since it already knows that space. space "pixel": pixel_unshuffle to the latent grid, two convolutions
+    (the T2I-Adapter's way in, 2302.08453), for autoencoders that blur thin lines.
+    """
+
+    def __init__(self, backbone: Backbone, space: ConditionSpace):
+        super().__init__()
+        facts = backbone.facts
+        if space == "latent":
+            self.embed = backbone.copy_embed()
+        else:
+            patch = facts.multiple // facts.factor
+            hidden = 4 * facts.latent_channels
+            self.embed = nn.Sequential(
+                nn.PixelUnshuffle(facts.factor),
+                nn.Conv2d(3 * facts.factor**2, hidden, 3, padding=1),
+                nn.SiLU(),
+                nn.Conv2d(hidden, facts.width, patch, stride=patch),
+            )
+
+    def forward(self, condition: Tensor) -> Tensor:
+        """(B, C, H, W) latents or (B, 3, 8H, 8W) pictures -> (B, T, D)."""
+        return self.embed(condition).flatten(2).transpose(1, 2)
+
+
+def copied_steps(depth: int, copy: str) -> list[int]:
+    """Which of the K blocks a method copies, by the name that the UniCon paper gives the choice."""
+    half = depth // 2
+    choices = {
+        "encoder": list(range(half)),
+        "decoder": list(range(half, depth)),
+        "skip_layer": list(range(0, depth, 2)),
+        "full": list(range(depth)),
+    }
+    return choices[copy]

@@ -1,0 +1,152 @@
+"""Where a backbone's files come from: embedded in this package, a local folder, or the hub. Checked before any weight loads.
+
+All three have the diffusers layout (`model_index.json`, one folder per part). A local folder never contacts the hub.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from src.types import UserError
+
+EMBEDDED_ROOT = Path(__file__).resolve().parents[1] / "embedded" / "weights"
+
+
+class SourceError(UserError):
+    """The backbone's files cannot be had; the message says what to do about it."""
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """One diffusers model folder, wherever it is.
+
+    source: "embedded:<name>", a folder, or a hub id; revision: hub branch, tag or commit (None: main);
+    licence_url: the page where a gated model's licence is accepted (None: not gated).
+    """
+
+    source: str
+    revision: str | None = None
+    licence_url: str | None = None
+
+    @property
+    def local_folder(self) -> Path | None:
+        """The folder on this machine, or None for a hub id. Raises SourceError for a path that is not a folder."""
+        if self.source.startswith("embedded:"):
+            name = self.source.removeprefix("embedded:")
+            folder = EMBEDDED_ROOT / name
+            if not folder.is_dir():
+                have = sorted(p.name for p in EMBEDDED_ROOT.glob("*") if p.is_dir())
+                raise SourceError(
+                    f"no embedded backbone {name!r}; there are {have}, or make it: python -m src.prepare backbone={name}"
+                )
+            return folder
+        path = Path(self.source).expanduser()
+        if path.is_dir():
+            return path
+        if self.source.startswith((".", "/", "~")) or self.source.count("/") != 1:
+            raise SourceError(f"backbone.source={self.source!r} is not a folder and not a hub id of the form owner/name")
+        return None
+
+    def config(self, part: str) -> dict:
+        """The JSON configuration of a part ("transformer", "vae", ...), or of the whole for part="" (model_index.json)."""
+        name = f"{part}/config.json" if part else "model_index.json"
+        return json.loads(self._small_file(name).read_text())
+
+    def check(self, parts: tuple[str, ...]) -> None:
+        """Refuse at once what cannot work: missing folder, missing part, gated model without licence or token, no network."""
+        index = self.config("")
+        for part in parts:
+            if part not in index or index[part][0] is None:
+                raise SourceError(
+                    f"{self.source}: model_index.json names no {part!r}; it holds {sorted(k for k in index if k[0] != '_')}"
+                )
+            if self.local_folder is not None and not (self.local_folder / part).is_dir():
+                raise SourceError(
+                    f"{self.source}: the folder {part}/ is missing, although model_index.json names it; copy the whole model"
+                )
+
+    def fetch(self, parts: tuple[str, ...]) -> Path:
+        """-> a folder on this machine that holds these parts; downloads them from the hub where they are not cached."""
+        if self.local_folder is not None:
+            return self.local_folder
+        from huggingface_hub import snapshot_download
+
+        wanted = ["model_index.json"]
+        for part in parts:
+            wanted += [f"{part}/*.json", f"{part}/*.txt", f"{part}/*.model", f"{part}/*.safetensors"]
+        with _hub_errors(self):
+            return Path(
+                snapshot_download(self.source, revision=self.revision, allow_patterns=wanted, ignore_patterns=["*.fp16.*"])
+            )
+
+    @cached_property
+    def resolved_revision(self) -> str:
+        """The hub commit, or "local" for a folder (whose content the weight hash identifies)."""
+        if self.local_folder is not None:
+            return "local"
+        return self._small_file("model_index.json").parent.name  # the hub cache names a snapshot's folder by its commit
+
+    def part_hash(self, parts: tuple[str, ...]) -> str:
+        """16 hex digits over the weight and vocabulary files of parts of a local folder."""
+        digest = hashlib.blake2b(digest_size=8)
+        for part in parts:
+            for file in sorted((self.local_folder / part).glob("*.*")):
+                digest.update(f"{part}/{file.name}".encode())
+                with file.open("rb") as stream:
+                    while block := stream.read(1 << 22):
+                        digest.update(block)
+        return digest.hexdigest()
+
+    def _small_file(self, name: str) -> Path:
+        folder = self.local_folder
+        if folder is not None:
+            if not (folder / name).is_file():
+                raise SourceError(
+                    f"{folder} has no {name}: not a model folder in the diffusers layout; "
+                    "save one with pipeline.save_pretrained(folder), or name a hub id"
+                )
+            return folder / name
+        from huggingface_hub import hf_hub_download
+
+        with _hub_errors(self):
+            return Path(hf_hub_download(self.source, name, revision=self.revision, etag_timeout=5))
+
+
+class _hub_errors:
+    """Turn the hub's exceptions into one line with the remedy."""
+
+    def __init__(self, model: ModelSource):
+        self.model = model
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind, error, _trace) -> bool:
+        if error is None or isinstance(error, UserError):
+            return False
+        from huggingface_hub import errors
+
+        source = self.model.source
+        if isinstance(error, errors.GatedRepoError):
+            page = self.model.licence_url or f"the page of {source} on the hub"
+            raise SourceError(
+                f"{source} is gated: accept its licence at {page}, then run `hf auth login` or set HF_TOKEN"
+            ) from error
+        if isinstance(error, errors.RevisionNotFoundError):
+            raise SourceError(
+                f"{source} has no revision {self.model.revision!r}; leave backbone.revision out for main"
+            ) from error
+        if isinstance(error, errors.RepositoryNotFoundError):
+            raise SourceError(
+                f"{source} is not on the hub, or is private: check the spelling, then `hf auth login` or HF_TOKEN"
+            ) from error
+        if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
+            raise SourceError(f"{source} is not in the diffusers layout: {str(error).splitlines()[0]}") from error
+        if isinstance(error, (OSError, ValueError, errors.HfHubHTTPError)) or kind.__module__.startswith(("httpx", "httpcore")):
+            raise SourceError(
+                f"{source} is not cached here and the hub cannot be reached ({kind.__name__}): download it on a machine with a "
+                f"network (`hf download {source}`) and pass backbone.source=<that folder>, or use backbone=sd3_tiny"
+            ) from error
+        return False

@@ -1,0 +1,233 @@
+"""Configuration to objects, in the one legal order. The only file that calls `instantiate`.
+
+Cheap things come first: by the time a weight is read, everything that can be refused has been.
+"""
+
+import logging
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from src.adapters.base import ControlAdapter, OptimizerRecipe
+from src.backbones.base import Backbone
+from src.backbones.codec import Codec
+from src.callbacks.base import RunContext
+from src.checkpoint import AdapterCheckpointIO, fitting_weights
+from src.config import accumulation, config_sha
+from src.control_score import HeldOut
+from src.data.datamodule import ControlData, ImageStream, Stores
+from src.data.source import Source
+from src.data.stores import build_stores
+from src.sampling import flow_levels
+from src.tasks.base import Task
+from src.types import UserError
+
+CALLBACK_ORDER = (
+    "meter",
+    "ema",
+    "control",
+    "checkpoints",
+    "stopper",
+    "progress",
+)  # validate before saving, save before leaving
+
+
+@dataclass
+class Plan:
+    """What a configuration names, made without reading a weight."""
+
+    backbone: Backbone
+    task: Task
+    train_source: Source
+    val_source: Source
+
+
+@dataclass
+class World:
+    """What all trainings of one run share: loaded backbone, codec, cached data, the held-out set."""
+
+    backbone: Backbone
+    codec: Codec
+    task: Task
+    train: Stores
+    val: Stores
+    held: HeldOut
+    backbone_hash: str
+
+
+@dataclass
+class Sampler:
+    """A trained adapter with what drawing a picture needs."""
+
+    backbone: Backbone
+    codec: Codec
+    task: Task
+    adapter: ControlAdapter
+
+
+def quiet() -> None:
+    """Silence libraries that talk about what this project decides itself."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    for name in ("pytorch_lightning", "pytorch_lightning.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="pytorch_lightning")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+
+
+def device_of(cfg: DictConfig) -> torch.device:
+    """The device that this process works on, from a resolved hardware profile."""
+    return torch.device("cuda", torch.cuda.current_device()) if cfg.hardware.accelerator == "gpu" else torch.device("cpu")
+
+
+def backbone_dtype(cfg: DictConfig) -> torch.dtype:
+    """Frozen weights are kept in the precision that they compute in."""
+    return {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(cfg.hardware.precision, torch.float32)
+
+
+def plan(cfg: DictConfig) -> Plan:
+    """Construct backbone (facts only), task and sources; whatever is wrong with them is raised here."""
+    backbone = instantiate(cfg.backbone, resolution=cfg.resolution)
+    task = instantiate(cfg.task)
+    train, val = (instantiate(cfg.data, split=split, resolution=cfg.resolution) for split in ("train", "val"))
+    if len(val) < cfg.validation.final_images:
+        raise UserError(f"validation.final_images={cfg.validation.final_images}, but data.val_images gives {len(val)}")
+    return Plan(backbone, task, train, val)
+
+
+def load_world(cfg: DictConfig, made: Plan) -> World:
+    """Read the weights, fill the caches, and set up the held-out images."""
+    device, backbone = device_of(cfg), made.backbone
+    backbone.load(device, backbone_dtype(cfg))
+    codec = backbone.load_codec(device)
+    space = cfg.adapter.condition_space
+    stores = [
+        build_stores(
+            source, made.task, backbone, codec, space, Path(cfg.cache_dir), device, cfg.seed, cfg.hardware.workers, _say
+        )
+        for source in (made.train_source, made.val_source)
+    ]
+    backbone.drop_text()
+    samples = [made.val_source[i] for i in range(cfg.validation.final_images)]
+    conditions = [made.task.make_condition(s, np.random.default_rng(0)) for s in samples]
+    held = HeldOut(
+        stores=stores[1],
+        images=np.stack([s.image for s in samples]),
+        conditions=np.stack(conditions),
+        task=made.task,
+        codec=codec,
+        levels=flow_levels(backbone.scheduler(), cfg.validation.steps),
+        guidance=cfg.validation.guidance,
+        seed=cfg.seed,
+    )
+    return World(backbone, codec, made.task, stores[0], stores[1], held, backbone.weight_hash())
+
+
+def new_adapter(cfg: DictConfig, backbone: Backbone, training: bool = True) -> ControlAdapter:
+    """The untrained adapter; its random parts depend on the seed alone."""
+    torch.manual_seed(cfg.seed)
+    recipe = None
+    if training:
+        recipe = OptimizerRecipe(
+            algorithm=instantiate(cfg.optimizer.algorithm),
+            warmup_images=cfg.optimizer.warmup_images,
+            decay=cfg.optimizer.decay,
+            clip_norm=cfg.optimizer.clip_norm or 0.0,
+            effective_batch=cfg.budget.effective_batch,
+            total_images=total_images(cfg),
+        )
+    make = instantiate(cfg.adapter, _partial_=True)  # objects handed to `instantiate` itself would become configuration
+    return make(backbone, backbone.objective, recipe, checkpointing=bool(cfg.hardware.checkpointing))
+
+
+def load_sampler(cfg: DictConfig, checkpoint: Path) -> Sampler:
+    """Backbone, codec, task and the adapter's averaged weights from a checkpoint folder. Refuses one that does not fit."""
+    device = device_of(cfg)
+    backbone = instantiate(cfg.backbone, resolution=cfg.resolution).load(device, backbone_dtype(cfg))
+    adapter = new_adapter(cfg, backbone, training=False)
+    meta = {"adapter": cfg.adapter.name, "backbone": backbone.facts.source, "backbone_hash": backbone.weight_hash()}
+    adapter.load_state_dict(fitting_weights(checkpoint, adapter.state_dict(), meta))
+    return Sampler(backbone, backbone.load_codec(device), instantiate(cfg.task), adapter.to(device).eval())
+
+
+def total_images(cfg: DictConfig) -> int:
+    """The budget in whole optimizer steps."""
+    return cfg.budget.images // cfg.budget.effective_batch * cfg.budget.effective_batch
+
+
+def identity(cfg: DictConfig, world: World) -> dict:
+    """What a checkpoint says about itself."""
+    facts = world.backbone.facts
+    return {
+        "adapter": cfg.adapter.name,
+        "backbone": facts.source,
+        "backbone_revision": facts.revision,
+        "backbone_hash": world.backbone_hash,
+        "task": cfg.task.name,
+        "config_sha": config_sha(cfg),
+    }
+
+
+def run_context(cfg: DictConfig, world: World, folder: Path, loggers: list, with_condition: bool) -> RunContext:
+    """Data streams and everything that callbacks need; with_condition=False makes a no-control arm."""
+    train = ImageStream(world.train, cfg.seed, cfg.caption_dropout, with_condition)
+    val = ImageStream(world.val, cfg.seed, 0.0, with_condition, stream="val")
+    total = total_images(cfg)
+    data = ControlData(train, val, total, cfg.hardware.micro_batch, cfg.hardware.workers, cfg.validation.final_images)
+    return RunContext(
+        folder=folder,
+        effective_batch=cfg.budget.effective_batch,
+        total_images=total,
+        stop_at_images=cfg.budget.stop_at_images,
+        data=data,
+        held=world.held,
+        validation=dict(cfg.validation),
+        ema_decay=cfg.ema_decay,
+        meta=identity(cfg, world) | {"with_condition": with_condition},
+        loggers=loggers,
+    )
+
+
+def callbacks(cfg: DictConfig, run: RunContext) -> list[pl.Callback]:
+    """The configured callbacks in the order in which they must act."""
+    named = {name: node for name, node in cfg.callbacks.items() if node}
+    ordered = [n for n in CALLBACK_ORDER if n in named] + [n for n in named if n not in CALLBACK_ORDER]
+    return [instantiate(named[name], _partial_=True)(run=run) for name in ordered]
+
+
+def trainer(cfg: DictConfig, run: RunContext, made: list[pl.Callback]) -> pl.Trainer:
+    """A Lightning trainer that counts in optimizer steps and leaves validation, logging and saving to our callbacks."""
+    hardware = cfg.hardware
+    return pl.Trainer(
+        accelerator=hardware.accelerator,
+        devices=hardware.devices,
+        strategy=hardware.strategy,
+        precision=hardware.precision,
+        max_steps=run.total_images // run.effective_batch,
+        max_epochs=1,
+        accumulate_grad_batches=accumulation(cfg),
+        callbacks=made,
+        plugins=[AdapterCheckpointIO()],
+        default_root_dir=run.folder,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+    )
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)

@@ -1,0 +1,69 @@
+"""What callbacks share: the run they serve, and a hook that fires once per optimizer step."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytorch_lightning as pl
+
+from src.control_score import HeldOut
+from src.data.datamodule import ControlData
+from src.types import UserError
+
+
+@dataclass
+class RunContext:
+    """One training run as its callbacks see it.
+
+    meta: identity for checkpoints (adapter, backbone, backbone_hash, config_sha); loggers: see `src.loggers`;
+    validation: how often and how much; stop_requested: name of the signal that asked for an end, if any.
+    """
+
+    folder: Path
+    effective_batch: int
+    total_images: int
+    stop_at_images: int | None
+    data: ControlData
+    held: HeldOut
+    validation: dict
+    ema_decay: float
+    meta: dict
+    loggers: list
+    stop_requested: str | None = None
+    scores: dict = field(default_factory=dict)
+
+    def log(self, values: dict[str, float], images_seen: int) -> None:
+        """Scalars to every logger; the x axis is images seen."""
+        for logger in self.loggers:
+            logger.log_metrics({**values, "images_seen": images_seen}, step=images_seen)
+
+
+class Preempted(Exception):
+    """The run was asked to end (SIGTERM, or budget.stop_at_images) and has saved itself."""
+
+
+class TrainingDiverged(UserError):
+    """Loss or gradient is not finite; nothing was saved after it."""
+
+
+class StepCallback(pl.Callback):
+    """Calls `on_step` after each optimizer step, whatever the accumulation.
+
+    injected: constructor arguments that the build gives and no configuration may.
+    """
+
+    injected = ("run",)
+
+    def __init__(self, run: RunContext):
+        self.run = run
+        self._last = 0
+
+    def on_train_start(self, trainer: pl.Trainer, adapter: pl.LightningModule) -> None:
+        self._last = trainer.global_step
+
+    def on_train_batch_end(self, trainer: pl.Trainer, adapter: pl.LightningModule, *_) -> None:
+        if trainer.global_step != self._last:
+            self._last = trainer.global_step
+            self.on_step(trainer, adapter, trainer.global_step * self.run.effective_batch)
+
+    def on_step(self, trainer: pl.Trainer, adapter: pl.LightningModule, images_seen: int) -> None:
+        """images_seen: images whose gradients are in the weights."""

@@ -1,0 +1,153 @@
+"""Validation: the loss and the control scores of all arms on fixed prompts, conditions and noise, and a picture grid."""
+
+from pathlib import Path
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from PIL import Image
+
+from src.callbacks.base import RunContext, StepCallback
+from src.callbacks.ema import AdapterEMA
+from src.callbacks.stopper import GracefulStop
+from src.control_score import ARMS, NONE, RIGHT, WRONG, named, sample_arm, score_rows, wrong_row
+from src.metrics.intervals import bootstrap_ci
+from src.plots import plot_grid
+
+CONTROL_GAP = 0.1  # steps_to_control: right minus wrong, lower end of its 95 % interval
+GRID_ROWS = 6
+
+
+class ControlValidation(StepCallback):
+    """Every `validation.every_images` images, and at the end on `validation.final_images`.
+
+    Logs val/loss and val/<metric>[/<arm>], writes grids/, and notes the first images_seen at which the right condition
+    beats a wrong one for certain (val/images_to_control, val/steps_to_control). A resumed run makes up for a
+    validation that its predecessor did not finish.
+    """
+
+    def __init__(self, *, run: RunContext):
+        super().__init__(run)
+        self.done: list[int] = []
+        self.images_to_control: int | None = None
+        self.final_scores: dict[str, np.ndarray] = {}
+        self._alone: dict[int, np.ndarray] = {}  # row -> picture of the frozen backbone, which never changes
+
+    def on_train_start(self, trainer: pl.Trainer, adapter: pl.LightningModule) -> None:
+        super().on_train_start(trainer, adapter)
+        self._maybe(trainer, adapter, trainer.global_step * self.run.effective_batch)
+
+    def on_step(self, trainer: pl.Trainer, adapter: pl.LightningModule, images_seen: int) -> None:
+        self._maybe(trainer, adapter, images_seen)
+
+    def _maybe(self, trainer: pl.Trainer, adapter: pl.LightningModule, images_seen: int) -> None:
+        every, batch = self.run.validation["every_images"], self.run.effective_batch
+        last = images_seen >= self.run.total_images
+        due = images_seen > 0 and (last or images_seen // every > (images_seen - batch) // every)
+        if due and images_seen not in self.done:
+            self.validate(trainer, adapter, images_seen, last)
+            self.done.append(images_seen)
+
+    def validate(self, trainer: pl.Trainer, adapter: pl.LightningModule, images_seen: int, last: bool) -> None:
+        """One validation with the averaged weights; leaves training untouched, to the bit."""
+        ema = next(c for c in trainer.callbacks if isinstance(c, AdapterEMA))
+        stopper = next(c for c in trainer.callbacks if isinstance(c, GracefulStop))
+        rows = list(range(self.run.validation["final_images" if last else "images"]))
+        adapter.eval()
+        try:
+            with ema.applied(adapter):
+
+                def pause() -> None:
+                    # leaving early must happen with the trained weights in place, so only a flag is raised here
+                    if self.run.stop_requested is not None:
+                        raise InterruptedError
+
+                losses = self._losses(adapter, pause)
+                pictures = {arm: self._pictures(adapter, arm, rows, pause) for arm in ARMS}
+        except InterruptedError:
+            stopper.leave_if_asked(trainer, adapter)
+        finally:
+            adapter.train()
+        scores = {arm: score_rows(self.run.held, rows, p) for arm, p in pictures.items()}
+        flat = {named(m, arm): values for arm, by_metric in scores.items() for m, values in by_metric.items()}
+        self._note_control(scores, images_seen)
+        row = {"val/loss": float(losses.mean()), **{f"val/{k}": float(v.mean()) for k, v in flat.items()}}
+        if self.images_to_control is not None:
+            row["val/images_to_control"] = self.images_to_control
+            row["val/steps_to_control"] = self.images_to_control // self.run.effective_batch
+        self.run.log(row, images_seen)
+        self._grid(pictures, rows, flat, images_seen)
+        first = next(iter(self.run.held.task.metrics))
+        said = ", ".join(f"{arm or 'right'} {scores[arm][first].mean():.3f}" for arm in ARMS)
+        print(f"validation at {images_seen} images, n={len(rows)}: loss {losses.mean():.4f} | {first}: {said}", flush=True)
+        if last:
+            self.final_scores = flat | {"val_loss": losses}
+            self._write_examples()
+
+    @torch.no_grad()
+    def _losses(self, adapter: pl.LightningModule, pause) -> np.ndarray:
+        losses = []
+        for batch in self.run.data.val_dataloader():
+            pause()
+            losses.append(adapter.losses(batch.to(adapter.device)).cpu())
+        return torch.cat(losses).double().numpy()
+
+    def _pictures(self, adapter: pl.LightningModule, arm: str, rows: list[int], pause) -> np.ndarray:
+        if arm != NONE:
+            return sample_arm(adapter, self.run.held, arm, rows, pause)
+        fresh = [r for r in rows if r not in self._alone]
+        if fresh:
+            made = sample_arm(adapter, self.run.held, arm, fresh, pause)
+            self._alone.update(zip(fresh, made, strict=True))
+        return np.stack([self._alone[r] for r in rows])
+
+    def _note_control(self, scores: dict, images_seen: int) -> None:
+        metric, (_, better) = next(iter(self.run.held.task.metrics.items()))
+        gap = scores[RIGHT][metric] - scores[WRONG][metric]
+        low, _ = bootstrap_ci(gap if better == "higher" else -gap)
+        if self.images_to_control is None and low > CONTROL_GAP:
+            self.images_to_control = images_seen
+
+    def _grid(self, pictures: dict, rows: list[int], flat: dict, images_seen: int) -> None:
+        held, metric = self.run.held, next(iter(self.run.held.task.metrics))
+        file = self.run.folder / "grids" / f"images-{images_seen:09d}.png"
+        titles = ["source", "condition", "no control", "controlled", "wrong condition", "its output"]
+        wrong = [held.conditions[wrong_row(r, len(held.images))] for r in rows[:GRID_ROWS]]
+        cells = [
+            [held.images[r], held.conditions[r], pictures[NONE][i], pictures[RIGHT][i], wrong[i], pictures[WRONG][i]]
+            for i, r in enumerate(rows[:GRID_ROWS])
+        ]
+        captions = [held.stores.captions[r] for r in rows[:GRID_ROWS]]
+        file.parent.mkdir(exist_ok=True)
+        plot_grid(cells, titles, file, row_titles=captions)
+        columns = ["id", "caption", metric, *titles]
+        table = [
+            [held.stores.ids[r], captions[i], float(flat[metric][i]), *self._cell_files(cells[i], images_seen, i)]
+            for i, r in enumerate(rows[:GRID_ROWS])
+        ]
+        for logger in self.run.loggers:
+            logger.log_grid("val/grid", file, images_seen)
+            logger.log_table("val/samples", columns, table, images_seen)
+
+    def _cell_files(self, cells: list[np.ndarray], images_seen: int, row: int) -> list[Path]:
+        """The pictures of one grid row as files, which is what loggers take."""
+        folder = self.run.folder / "grids" / f"cells-{images_seen:09d}"
+        folder.mkdir(exist_ok=True)
+        files = [folder / f"{row}-{column}.png" for column in range(len(cells))]
+        for cell, file in zip(cells, files, strict=True):
+            Image.fromarray(cell).save(file)
+        return files
+
+    def _write_examples(self) -> None:
+        """Condition maps as files, to try `python -m src.sample` with; their prompts stand beside them."""
+        folder, held = self.run.folder / "examples", self.run.held
+        folder.mkdir(exist_ok=True)
+        for row in range(GRID_ROWS):
+            Image.fromarray(held.conditions[row]).save(folder / f"condition-{row}.png")
+            (folder / f"condition-{row}.txt").write_text(held.stores.captions[row] + "\n")
+
+    def state_dict(self) -> dict:
+        return {"done": self.done, "images_to_control": self.images_to_control}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.done, self.images_to_control = list(state["done"]), state["images_to_control"]

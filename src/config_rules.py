@@ -1,0 +1,205 @@
+"""What the keys of a configuration mean together: the machine they run on, what cannot go together, what is science.
+
+Every refusal names the value that would do.
+"""
+
+import functools
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import MISSING, DictConfig, OmegaConf, open_dict
+
+from src.config_checks import ConfigError, Incompatible, Where
+from src.config_compose import COMMAND_LINE, CONF
+
+GIB = 2**30
+MULTIPLES = {"src.backbones.mmdit.": 16}  # pixels: autoencoder factor 8 x patch 2
+PROFILES = (("h200", 120), ("gpu_80g", 70), ("gpu_24g", 0))  # name, from how many GiB of one device
+# Not science: where things go and how fast they get there. Dotted keys; a prefix covers what is below it.
+NOT_SCIENCE = ("hardware", "logger", "output_dir", "cache_dir", "out", "workers", "resume", "tags", "name")
+NOT_SCIENCE += ("budget.stop_at_images", *(f"callbacks.{name}" for name in ("stopper", "checkpoints", "meter", "progress")))
+
+
+# ---- hardware ---------------------------------------------------------------------------------------------------------
+
+
+def resolve_hardware(cfg: DictConfig) -> DictConfig:
+    """A copy of cfg whose hardware is concrete and fits this machine; says in one line each what it decided.
+
+    `auto` takes the profile of conf/hardware/ that fits what torch finds; keys set by hand stay. A micro batch above the
+    effective batch is lowered to it. Raises Incompatible for a GPU profile where there is no such GPU.
+    """
+    cfg = cfg.copy()
+    hardware, lines = _concrete(OmegaConf.to_container(cfg.hardware, resolve=True))
+    if hardware["accelerator"] == "gpu" and torch.cuda.device_count() < hardware["devices"]:
+        fault = f"wants {hardware['devices']} GPU(s), torch finds {torch.cuda.device_count()}"
+        raise Incompatible(f"hardware={hardware['name']} {fault}; write hardware=cpu or hardware=auto")
+    if (effective := OmegaConf.select(cfg, "budget.effective_batch")) is not None:
+        micro = _micro_batch(hardware, effective)
+        if micro < hardware["micro_batch"]:
+            lines.append(f"hardware.micro_batch lowered from {hardware['micro_batch']} to {micro}: a whole optimizer step")
+            hardware["micro_batch"] = micro
+    for line in lines:
+        print(line, flush=True)
+    with open_dict(cfg):
+        cfg.hardware = OmegaConf.merge(cfg.hardware, hardware)
+    return cfg
+
+
+def accumulation(cfg: DictConfig) -> int:
+    """Micro batches per optimizer step on each device: effective_batch / (micro_batch * devices)."""
+    hardware, _ = _concrete(OmegaConf.to_container(cfg.hardware, resolve=True))
+    return cfg.budget.effective_batch // (_micro_batch(hardware, cfg.budget.effective_batch) * hardware["devices"])
+
+
+def _micro_batch(hardware: dict[str, Any], effective: int) -> int:
+    return min(hardware["micro_batch"], max(1, effective // hardware["devices"]))
+
+
+def _concrete(hardware: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """A hardware node without `auto` and its nulls, and the line that says what was chosen."""
+    if hardware["accelerator"] != "auto":
+        return hardware, []
+    name, found = "cpu", "no GPU"
+    if torch.cuda.is_available():
+        facts = torch.cuda.get_device_properties(0)
+        memory = facts.total_memory / GIB
+        name, found = next(p for p, least in PROFILES if memory >= least), f"{facts.name}, {memory:.0f} GiB"
+        profile = _profile(name)
+        profile["memory_gib"] = min(profile["memory_gib"], memory)
+    else:
+        profile = _profile(name)
+    set_by_hand = {k: v for k, v in hardware.items() if v is not None and k not in ("name", "accelerator")}
+    return {**profile, **set_by_hand}, [f"hardware=auto is {name} here ({found})"]
+
+
+def _profile(name: str) -> dict[str, Any]:
+    return dict(_read_profile(CONF / "hardware" / f"{name}.yaml"))
+
+
+@functools.cache
+def _read_profile(file: Path) -> dict[str, Any]:
+    return OmegaConf.to_container(OmegaConf.load(file))  # type: ignore[return-value]
+
+
+# ---- between keys -----------------------------------------------------------------------------------------------------
+
+
+def check_together(tree: dict, where: Where) -> list[str]:
+    """Refuse resolved values that are legal alone but not together; returns notes that are worth one line each."""
+    notes = _check_hardware(tree["hardware"], where) if "hardware" in tree else []
+    if "budget" in tree:
+        _check_budget(tree["budget"], where)
+        _check_batches(tree["budget"]["effective_batch"], _concrete(tree["hardware"])[0], where)
+        _check_resolution(tree["resolution"], tree["backbone"], where)
+        _check_validation(tree["validation"], tree["data"], where)
+        warmup, images = tree["optimizer"]["warmup_images"], tree["budget"]["images"]
+        if warmup >= images:
+            why = "the learning rate never reaches its peak"
+            notes.append(f"optimizer.warmup_images={warmup} outlasts budget.images={images}: {why}")
+    return notes
+
+
+def _clash(where: Where, keys: tuple[str, ...], fault: str) -> Incompatible:
+    """Names the command line if any of the keys was set there, else the file of the first."""
+    places = [where(key) for key in keys]
+    return Incompatible(f"{COMMAND_LINE if COMMAND_LINE in places else places[0]}: {fault}")
+
+
+def _check_hardware(hardware: dict[str, Any], where: Where) -> list[str]:
+    empty = [k for k, v in hardware.items() if v is None and k != "memory_gib"]
+    if hardware["accelerator"] != "auto" and empty:
+        key = f"hardware.{empty[0]}"
+        raise ConfigError(f"{where(key)}: {key}=null: give a value, or write hardware=auto")
+    hardware, _ = _concrete(hardware)
+    if hardware["accelerator"] != "cpu" or hardware["precision"] == "32-true":
+        return []
+    if hardware["precision"] == "16-mixed":
+        keys = ("hardware.precision", "hardware.accelerator")
+        raise _clash(where, keys, "hardware.precision=16-mixed needs a GPU, not a CPU; write hardware.precision=32-true")
+    return ["hardware.precision=bf16-mixed on a CPU is slower than 32-true, and its numbers differ"]
+
+
+def _check_budget(budget: dict[str, Any], where: Where) -> None:
+    images, effective, stop = budget["images"], budget["effective_batch"], budget["stop_at_images"]
+    if images < effective:
+        fault = f"budget.images={images} is less than one optimizer step of budget.effective_batch={effective}"
+        fix = f"write budget.images={effective} or budget.effective_batch={images}"
+        raise _clash(where, ("budget.images", "budget.effective_batch"), f"{fault}; {fix}")
+    if stop is not None and stop > images:
+        fault = f"budget.stop_at_images={stop} lies behind the end, budget.images={images}"
+        raise _clash(where, ("budget.stop_at_images", "budget.images"), f"{fault}; write budget.stop_at_images=null")
+
+
+def _check_batches(effective: int, hardware: dict[str, Any], where: Where) -> None:
+    micro, devices = _micro_batch(hardware, effective), hardware["devices"]
+    keys = ("budget.effective_batch", "hardware.micro_batch", "hardware.devices")
+    if effective % devices:
+        fewer = next(d for d in range(devices, 0, -1) if effective % d == 0)
+        fault = f"budget.effective_batch={effective} cannot be shared by hardware.devices={devices}"
+        fix = f"write hardware.devices={fewer} or budget.effective_batch={_up(effective, devices)}"
+        raise _clash(where, keys, f"{fault}; {fix}")
+    if effective % (micro * devices):
+        smaller = next(m for m in range(micro, 0, -1) if effective % (m * devices) == 0)
+        fault = (
+            f"budget.effective_batch={effective} is not a multiple of hardware.micro_batch={micro} x hardware.devices={devices}"
+        )
+        fix = f"write hardware.micro_batch={smaller} or budget.effective_batch={_up(effective, micro * devices)}"
+        raise _clash(where, keys, f"{fault}; {fix}")
+
+
+def _check_resolution(size: int, backbone: dict[str, Any], where: Where) -> None:
+    multiple = next((m for prefix, m in MULTIPLES.items() if str(backbone["_target_"]).startswith(prefix)), 1)
+    if size % multiple:
+        legal = [s for s in (size // multiple * multiple, _up(size, multiple)) if s]
+        fault = f"resolution={size} is not a multiple of {multiple}, as backbone {backbone.get('name')} wants"
+        raise _clash(where, ("resolution",), f"{fault}; write {' or '.join(f'resolution={s}' for s in legal)}")
+
+
+def _check_validation(validation: dict[str, Any], data: dict[str, Any], where: Where) -> None:
+    held_out = data.get("val_images")
+    for key in ("images", "final_images"):
+        if held_out is not None and validation[key] > held_out:
+            fault = f"validation.{key}={validation[key]} is more than the {held_out} held-out images"
+            fix = f"write validation.{key}={held_out} or data.val_images={validation[key]}"
+            raise _clash(where, (f"validation.{key}", "data.val_images"), f"{fault}; {fix}")
+
+
+def _up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+# ---- identity ---------------------------------------------------------------------------------------------------------
+
+
+def _science(cfg: DictConfig | dict[str, Any]) -> dict[str, Any]:
+    """Dotted key -> value of what decides a result; whole floats become integers, so that 1 and 1.0 are one value."""
+    tree = OmegaConf.to_container(cfg, resolve=True) if OmegaConf.is_config(cfg) else cfg
+    flat: dict[str, Any] = {}
+
+    def walk(node: Any, key: str) -> None:
+        if any(key == k or key.startswith(f"{k}.") for k in NOT_SCIENCE):
+            return
+        if isinstance(node, dict) and node:
+            for name, child in node.items():
+                walk(child, f"{key}.{name}" if key else str(name))
+        else:
+            flat[key] = json.loads(json.dumps(node), parse_float=lambda x: int(float(x)) if float(x).is_integer() else float(x))
+
+    walk(tree, "")
+    return flat
+
+
+def config_sha(cfg: DictConfig | dict[str, Any]) -> str:
+    """16 hex digits over the science part: equal for runs that should give equal results, on any machine."""
+    text = json.dumps(_science(cfg), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def science_diff(old: DictConfig | dict[str, Any], new: DictConfig | dict[str, Any]) -> list[str]:
+    """Dotted science keys whose values differ between two configurations, sorted; a resumed run must have none."""
+    a, b = _science(old), _science(new)
+    return sorted(key for key in a.keys() | b.keys() if a.get(key, MISSING) != b.get(key, MISSING))

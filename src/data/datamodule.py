@@ -1,0 +1,126 @@
+"""Training and validation batches from the caches, in an order that is a pure function of (seed, position).
+
+Position n counts images since the start of training. It decides epoch and image, noise, t and caption dropout, so any
+micro-batch, worker count or resume sees the same images with the same draws, and so does every other method.
+"""
+
+from dataclasses import dataclass
+
+import pytorch_lightning as pl
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from src import rng
+from src.data.cache import TensorStore
+from src.types import Batch, TextCond
+
+
+@dataclass(frozen=True)
+class Stores:
+    """The cached rows of one split. ids, captions: one per row; empty_text: the encoded empty prompt.
+
+    zero_condition: (1, ...) the encoded black picture; it stands in for every condition of a no-control arm.
+    """
+
+    ids: list[str]
+    captions: list[str]
+    latents: TensorStore
+    text: TensorStore
+    conditions: TensorStore
+    empty_text: TextCond
+    zero_condition: Tensor
+
+    def text_rows(self, rows: list[int]) -> TextCond:
+        return TextCond(self.text.rows("tokens", rows).float(), self.text.rows("pooled", rows).float())
+
+    def condition_rows(self, rows: list[int]) -> Tensor:
+        """In the adapter's condition space, float32; pictures are stored as bytes."""
+        stored = self.conditions.rows("condition", rows)
+        return stored if stored.dtype.is_floating_point else stored.float() / 255
+
+
+class ImageStream(Dataset):
+    """Positions of the training stream -> a `Batch`.
+
+    stores: training rows; seed: of the run; caption_dropout: share of images whose caption is replaced by the empty
+    prompt, drawn per position; with_condition: False replaces every condition by the black picture's.
+    stream: name of the random stream; held-out data has its own, so that its draws never change.
+    """
+
+    def __init__(self, stores: Stores, seed: int, caption_dropout: float, with_condition: bool = True, stream: str = "train"):
+        self.stores, self.seed, self.caption_dropout = stores, seed, caption_dropout
+        self.with_condition, self.stream = with_condition, stream
+        self._order: tuple[int, object] = (-1, None)
+
+    def row(self, position: int) -> int:
+        """The data row at a position: a fresh permutation each epoch; the plain order for held-out data."""
+        epoch, place = divmod(position, len(self.stores.ids))
+        if self.stream != "train":
+            return place
+        if self._order[0] != epoch:
+            self._order = (epoch, rng.permutation(self.seed, "order", epoch, len(self.stores.ids)))
+        return int(self._order[1][place])
+
+    def __getitems__(self, positions: list[int]) -> Batch:
+        rows = [self.row(n) for n in positions]
+        latents = self.stores.latents.rows("latents", rows)
+        text = self.stores.text_rows(rows)
+        dropped = rng.uniform(self.seed, f"{self.stream}-caption", positions) < self.caption_dropout
+        if dropped.any():
+            text.tokens_BLD[dropped] = self.stores.empty_text.tokens_BLD
+            text.pooled_BP[dropped] = self.stores.empty_text.pooled_BP
+        zero = self.stores.zero_condition
+        condition = self.stores.condition_rows(rows) if self.with_condition else zero.expand(len(rows), *zero.shape[1:])
+        return Batch(
+            index=list(positions),
+            ids=[self.stores.ids[r] for r in rows],
+            latents_BCHW=latents,
+            noise_BCHW=rng.normal(self.seed, f"{self.stream}-noise", positions, tuple(latents.shape[1:])),
+            uniform_B=rng.uniform(self.seed, f"{self.stream}-t", positions),
+            text=text,
+            condition=condition,
+        )
+
+
+class PositionSampler:
+    """Lists of positions, one per micro-batch, from `start` to `stop`. Its length is that of the whole run: the trainer
+    counts batches from the beginning, also after a resume."""
+
+    def __init__(self, start: int, stop: int, micro_batch: int):
+        self.start, self.stop, self.micro_batch = start, stop, micro_batch
+
+    def __iter__(self):
+        for first in range(self.start, self.stop, self.micro_batch):
+            yield list(range(first, min(first + self.micro_batch, self.stop)))
+
+    def __len__(self) -> int:
+        return -(-self.stop // self.micro_batch)
+
+
+class ControlData(pl.LightningDataModule):
+    """train and val streams as loaders.
+
+    total_images: length of the training stream (a whole number of optimizer steps); start: images already seen;
+    micro_batch, workers: speed only. val_images: how many held-out rows the validation loss reads.
+    """
+
+    def __init__(
+        self, train: ImageStream, val: ImageStream, total_images: int, micro_batch: int, workers: int, val_images: int
+    ):
+        super().__init__()
+        self.train_stream, self.val_stream = train, val
+        self.total_images, self.micro_batch, self.workers, self.val_images = total_images, micro_batch, workers, val_images
+        self.start = 0
+
+    def train_dataloader(self) -> DataLoader:
+        return self._loader(self.train_stream, PositionSampler(self.start, self.total_images, self.micro_batch), self.workers)
+
+    def val_dataloader(self) -> DataLoader:
+        return self._loader(self.val_stream, PositionSampler(0, self.val_images, self.micro_batch), 0)
+
+    def _loader(self, stream: ImageStream, positions: PositionSampler, workers: int) -> DataLoader:
+        return DataLoader(stream, batch_sampler=positions, num_workers=workers, collate_fn=_as_it_is, persistent_workers=False)
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch

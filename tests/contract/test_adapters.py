@@ -1,0 +1,161 @@
+"""What every registered adapter promises on every backbone that it knows."""
+
+import pytest
+import torch
+from hydra.utils import instantiate
+
+from src.profiling.saved import saved_bytes
+from src.types import Batch
+from tests.conftest import CPU
+from tests.contract.registry import EMBEDDED_BACKBONES, node, options
+
+CELLS = [(a, b) for a in options("adapter") for b in EMBEDDED_BACKBONES]
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    made = {name: instantiate(node("backbone", name)).load(CPU, torch.float32) for name in EMBEDDED_BACKBONES}
+    text = {
+        name: b.encode_text(["a large red ball, gray floor", "a small blue cube, dark floor"], CPU) for name, b in made.items()
+    }
+    return made, text
+
+
+@pytest.fixture(params=CELLS, ids=lambda c: f"{c[0]}-{c[1]}")
+def cell(request, loaded):
+    """(adapter, backbone, batch) with random parts seeded."""
+    name, base = request.param
+    backbone, text = loaded[0][base], loaded[1][base]
+    torch.manual_seed(0)
+    adapter = instantiate(node("adapter", name), _partial_=True)(backbone, backbone.objective, None, checkpointing=False)
+    return adapter, backbone, make_batch(adapter, backbone, text)
+
+
+def make_batch(adapter, backbone, text) -> Batch:
+    gen, facts = torch.Generator().manual_seed(1), backbone.facts
+    side = backbone.native_resolution // facts.factor
+    latents = torch.randn(2, facts.latent_channels, side, side, generator=gen)
+    pixels = torch.rand(2, 3, backbone.native_resolution, backbone.native_resolution, generator=gen)
+    condition = torch.randn(latents.shape, generator=gen) if adapter.condition_space == "latent" else pixels
+    noise = torch.randn(latents.shape, generator=gen)
+    return Batch([0, 1], ["a", "b"], latents, noise, torch.tensor([0.3, 0.7]), text, condition)
+
+
+def shaken(adapter):
+    """The adapter as if trained: every parameter moved."""
+    gen = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for p in adapter.parameters():
+            p.add_(0.02 * torch.randn(p.shape, generator=gen))
+    return adapter
+
+
+def controlled(adapter, backbone, batch, scale=1.0):
+    t = adapter.objective.sample_t(batch.uniform_B)
+    return adapter.predict(backbone, batch.latents_BCHW, t, batch.text, adapter.encode_condition(batch.condition), scale)
+
+
+def alone(adapter, backbone, batch):
+    with torch.no_grad():
+        return backbone.predict(batch.latents_BCHW, adapter.objective.sample_t(batch.uniform_B), batch.text)
+
+
+def test_declarations_are_complete(cell):
+    adapter, backbone, _ = cell
+    assert backbone.facts.family in adapter.families
+    assert isinstance(adapter.grad_through_backbone, bool)
+    assert isinstance(adapter.identity_at_init, bool)
+    assert adapter.condition_space in ("latent", "pixel")
+
+
+def test_identity_at_the_start(cell):
+    adapter, backbone, batch = cell
+    difference = (controlled(adapter, backbone, batch) - alone(adapter, backbone, batch)).abs().max()
+    assert (float(difference) <= 1e-5) == adapter.identity_at_init
+
+
+def test_scale_zero_is_the_backbone_even_when_trained(cell):
+    adapter, backbone, batch = cell
+    shaken(adapter)
+    with torch.no_grad():
+        expected = alone(adapter, backbone, batch)
+        assert torch.equal(controlled(adapter, backbone, batch, 0.0), expected)
+        near = (controlled(adapter, backbone, batch, 1e-4) - expected).abs().max()
+        far = (controlled(adapter, backbone, batch, 1.0) - expected).abs().max()
+    assert near < 1e-2 * far
+
+
+def test_the_condition_matters_once_trained(cell):
+    adapter, backbone, batch = cell
+    shaken(adapter)
+    with torch.no_grad():
+        one = controlled(adapter, backbone, batch)
+        batch.condition = batch.condition.flip(0)
+        assert (controlled(adapter, backbone, batch) - one).abs().max() > 1e-4
+
+
+def test_samples_of_a_batch_do_not_mix(cell):
+    adapter, backbone, batch = cell
+    shaken(adapter)
+    with torch.no_grad():
+        both = controlled(adapter, backbone, batch)
+        half = Batch(
+            [0], ["a"], batch.latents_BCHW[:1], batch.noise_BCHW[:1], batch.uniform_B[:1], batch.text[:1], batch.condition[:1]
+        )
+        assert torch.allclose(controlled(adapter, backbone, half), both[:1], atol=1e-4)
+
+
+def test_gradients_reach_all_of_the_adapter_and_nothing_else(cell):
+    adapter, backbone, batch = cell
+    shaken(adapter).losses(batch).mean().backward()
+    bare = [n for n, p in adapter.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.abs().any())]
+    assert bare == []
+    assert all(p.grad is None for p in backbone.parameters())
+
+
+def test_backbone_activations_are_stored_only_if_declared(cell):
+    """Counted by autograd's own saved-tensor hooks while the frozen blocks run."""
+    adapter, backbone, batch = cell
+    report = saved_bytes(lambda: shaken(adapter).losses(batch).mean(), [adapter], backbone)
+    assert report.frozen_steps == backbone.facts.depth
+    assert (report.backbone_bytes > 0) == adapter.grad_through_backbone
+    assert report.total_bytes > 0
+
+
+def test_parts_are_the_whole_adapter(cell):
+    adapter, _, _ = cell
+    inside = [id(p) for m in adapter.parts().values() for p in m.parameters()]
+    assert sorted(inside) == sorted(id(p) for p in adapter.parameters())
+
+
+def test_state_holds_no_backbone_tensor(cell):
+    adapter, backbone, _ = cell
+    frozen = {t.data_ptr() for t in backbone.net.state_dict().values()}
+    assert not frozen & {t.data_ptr() for t in adapter.state_dict().values()}
+    assert not any("_frozen" in name or "net." in name for name in adapter.state_dict())
+
+
+def test_a_few_steps_lower_the_loss(cell):
+    adapter, backbone, batch = cell
+    digest, optimizer = backbone.weight_hash(), torch.optim.AdamW(adapter.parameters(), 1e-3)
+    losses = []
+    for _ in range(12):
+        optimizer.zero_grad()
+        loss = adapter.losses(batch).mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.9 * losses[0]
+    assert backbone.weight_hash() == digest
+
+
+def test_checkpointing_changes_memory_not_the_result(cell):
+    adapter, backbone, batch = cell
+    shaken(adapter)
+    gradients = []
+    for on in (False, True):
+        adapter.checkpointing = on
+        adapter.zero_grad()
+        adapter.losses(batch).mean().backward()
+        gradients.append([p.grad.clone() for p in adapter.parameters()])
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients, strict=True))

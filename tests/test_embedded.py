@@ -1,0 +1,292 @@
+"""The embedded world and what is trained on it: scenes, words, the reader that judges, the shipped backbone, its making."""
+
+import hashlib
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from src import prepare
+from src.backbones.source import EMBEDDED_ROOT
+from src.config import load
+from src.data.scenes import COLOURS, SHAPES, SIZES, Thing, render, sample_scene
+from src.embedded.reader import FEATURES, FOLDER, KINDS, SIZE, accuracy, labels, load_reader, rejection, unit
+from src.embedded.score import frechet_distance, load_pipeline, sample_captions
+from src.embedded.text import TEXT_TOKENS, clip_tokenizer, scene_words, silent_t5, t5_tokenizer
+from src.types import UserError
+
+SHIPPED = EMBEDDED_ROOT / "sd3_tiny"
+PLACES = {
+    "left",
+    "right",
+    "centre",
+    "center",
+    "middle",
+    "front",
+    "behind",
+    "back",
+    "near",
+    "far",
+    "above",
+    "below",
+    "beside",
+    "next",
+}
+CAPTIONS_SHA = "2e5dc51ba4a9eb79"  # of the first 200 captions of world 0
+GOLDEN = {  # scene of world 0 -> mean level of each 16 x 16 block of its render at 64 px
+    0: [[109.7, 109.7, 109.7, 109.7], [109.3, 110.3, 108.0, 107.7], [102.3, 96.4, 100.9, 90.6], [80.5, 83.4, 90.9, 71.6]],
+    12: [[109.7, 108.7, 109.6, 109.7], [109.7, 87.1, 102.8, 109.2], [95.0, 72.0, 99.4, 102.8], [80.3, 74.7, 68.9, 81.6]],
+}
+needs_weights = pytest.mark.needs_weights  # the trained backbone in src/embedded/weights/sd3_tiny
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def held_out():
+    """Scenes that no training and no choice of a setting has seen: 150 of world 1, from number 5000 on."""
+    scenes = [sample_scene(1, 5000 + i) for i in range(150)]
+    return scenes, [render(s, SIZE) for s in scenes]
+
+
+# ---- scenes -----------------------------------------------------------------------------------------------------------
+
+
+def test_scenes_are_a_pure_function_of_seed_and_index():
+    alone = sample_scene(7, 3)
+    sample_scene(7, 2)
+    np.random.rand(5)
+    again = sample_scene(7, 3)
+    assert again.caption == alone.caption
+    assert all(np.array_equal(a, b) for a, b in zip(render(alone, 32).values(), render(again, 32).values(), strict=True))
+    assert len({sample_scene(s, i).view for s, i in ((7, 3), (7, 4), (8, 3))}) == 3
+
+
+def test_scenes_are_those_that_the_weights_were_trained_on():
+    captions = "\n".join(sample_scene(0, i).caption for i in range(200))
+    assert hashlib.sha256(captions.encode()).hexdigest()[:16] == CAPTIONS_SHA
+    for index, blocks in GOLDEN.items():
+        drawn = render(sample_scene(0, index), 64)["image"]
+        assert drawn.reshape(4, 16, 4, 16, 3).mean((1, 3, 4)) == pytest.approx(np.array(blocks), abs=0.6)
+
+
+def test_captions_say_what_but_never_where():
+    scenes = [sample_scene(0, i) for i in range(3000)]
+    words = {w for s in scenes for w in s.caption.replace(",", "").split()}
+    assert words <= set(scene_words())
+    assert not words & PLACES
+    pairs = [[(t.x - s.view.x) / t.z for t in s.things] for s in scenes if len(s.things) == 2]
+    first_is_left = np.mean([a < b for a, b in pairs])
+    assert abs(first_is_left - 0.5) < 3 * 0.5 / len(pairs) ** 0.5  # the order of the words is no position either
+
+
+def test_maps_fit_the_picture(held_out):
+    inside, seen = [], []
+    for scene, drawn in zip(*held_out, strict=True):
+        people = [k for k, t in enumerate(scene.things) if t.joints is not None]
+        assert drawn["image"].shape == (SIZE, SIZE, 3)
+        assert drawn["image"].dtype == np.uint8
+        assert drawn["depth"].shape == drawn["segmentation"].shape == (SIZE, SIZE)
+        assert np.isfinite(drawn["depth"]).all()
+        assert drawn["depth"].min() > 0
+        assert drawn["joints"].shape == (len(people), 14, 3)
+        assert set(np.unique(drawn["segmentation"])) <= {0, 1, *(2 + k for k in range(len(scene.things)))}
+        for k, thing in enumerate(scene.things):
+            mask = drawn["segmentation"] == 2 + k
+            seen.append(mask.any())
+            if mask.sum() > 30:
+                assert _colour_name(drawn["image"][mask]) == thing.colour
+                assert drawn["depth"][mask].max() < drawn["depth"][drawn["segmentation"] == 0].max()
+        for person, joints in zip(people, drawn["joints"], strict=True):
+            for u, v, _ in joints[(joints[:, :2] > 1).all(1) & (joints[:, :2] < SIZE - 1).all(1)]:
+                around = drawn["segmentation"][int(v) - 1 : int(v) + 2, int(u) - 1 : int(u) + 2]
+                inside.append((around == 2 + person).any())
+    assert len(inside) > 50
+    assert np.mean(inside) > 0.9
+    assert np.mean(seen) > 0.97
+
+
+def _colour_name(pixels: np.ndarray) -> str:
+    """The colour whose direction in RGB is nearest to that of the mean pixel: shading changes length, not direction."""
+    mean = pixels.astype(float).mean(0)
+    return max(COLOURS, key=lambda name: np.dot(mean, COLOURS[name]) / np.linalg.norm(COLOURS[name]))
+
+
+# ---- words ------------------------------------------------------------------------------------------------------------
+
+
+def test_each_word_is_one_token_and_the_longest_caption_fits():
+    tokenizer = clip_tokenizer()
+    assert [w for w in scene_words() if len(tokenizer(w).input_ids) != 3] == []
+    size, pose = max(SIZES, key=len), "with arms down"
+    things = tuple(Thing(s, "purple", size, 1.0, 0, 4, 0) for s in SHAPES[:3])
+    longest = replace(sample_scene(0, 0), things=(replace(things[0], shape="person", pose=pose), *things[1:]), floor="brown")
+    ids = tokenizer(longest.caption).input_ids
+    assert len(ids) <= TEXT_TOKENS
+    assert tokenizer.decode(ids, skip_special_tokens=True).split() == longest.caption.replace(",", " ,").split()
+    assert max(len(tokenizer(sample_scene(0, i).caption).input_ids) for i in range(500)) <= len(ids)
+    assert len(tokenizer("an unforeseen zebra").input_ids) > 5  # unknown words fall apart into letters
+
+
+def test_the_t5_is_silent():
+    tokenizer = t5_tokenizer()
+    ids = tokenizer(["a large red ball, gray floor", ""], padding="max_length", max_length=16, return_tensors="pt").input_ids
+    with torch.no_grad():
+        assert silent_t5(tokenizer, 128)(ids).last_hidden_state.abs().max() == 0
+
+
+# ---- reading and scoring ----------------------------------------------------------------------------------------------
+
+
+def test_labels_say_what_the_caption_says():
+    scenes = [sample_scene(0, i) for i in range(200)]
+    kinds, floors = labels(scenes)
+    for scene, row, floor in zip(scenes, kinds, floors, strict=True):
+        said = {(c, KINDS[k]) for c, k in zip(COLOURS, row, strict=True) if k}
+        assert said == {(t.colour, t.shape) for t in scene.things}
+        assert all(f"{colour} {kind}" in scene.caption for colour, kind in said)
+        assert scene.caption.endswith(f"{['brown', 'gray', 'dark'][floor]} floor")
+
+
+def test_the_reader_reads_held_out_scenes(held_out):
+    scenes, drawn = held_out
+    pictures, reader = np.stack([d["image"] for d in drawn]), load_reader()
+    right = accuracy(reader, pictures, scenes)
+    assert right["colour"] > 0.96 and right["shape"] > 0.92 and right["floor"] > 0.98 and right["scene"] > 0.88, right
+    noise = torch.rand(unit(pictures).shape, generator=torch.Generator().manual_seed(0)) * 0.04
+    soft = torch.nn.functional.avg_pool2d(unit(pictures) + noise, 3, 1, 1).clamp(0, 1) * 255
+    blurred = accuracy(reader, soft.to(torch.uint8).movedim(1, -1).numpy(), scenes)
+    assert blurred["shape"] > right["shape"] - 0.06, blurred  # a decoder's blur is not punished
+    other = accuracy(reader, pictures, scenes[1:] + scenes[:1])
+    assert other["shape"] < 0.15 and other["scene"] < 0.05, other
+    assert reader.read(pictures[:3])[2].shape == (3, FEATURES)
+    assert FEATURES <= 64
+    assert sum(f.stat().st_size for f in FOLDER.iterdir()) < 0.6e6
+
+
+def test_the_reader_calls_no_heap_a_shape():
+    pictures = np.stack([render(sample_scene(1, i), SIZE)["image"] for i in range(120)])
+    refused = rejection(load_reader(), pictures, 1)
+    assert refused["bent"] > 0.75 and refused["twins"] > 0.75, refused
+
+
+def test_the_reader_refuses_other_pictures(tmp_path):
+    with pytest.raises(ValueError, match=r"wants \(N, 64, 64, 3\) uint8, got \(1, 32, 32, 3\)"):
+        load_reader().read(np.zeros((1, 32, 32, 3), np.uint8))
+    with pytest.raises(UserError, match="no scene reader in"):
+        load_reader(tmp_path)
+
+
+def test_frechet_distance_is_the_closed_form():
+    from scipy.linalg import sqrtm
+
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(400, 8)), rng.normal(size=(300, 8)) @ rng.normal(size=(8, 8)) + 1
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+    assert frechet_distance(a, a + 2) == pytest.approx(8 * 4)
+    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    gap = a.mean(0) - b.mean(0)
+    expected = gap @ gap + np.trace(cov_a + cov_b - 2 * sqrtm(cov_a @ cov_b).real)
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-8)
+    assert frechet_distance(a, b) == pytest.approx(frechet_distance(b, a), rel=1e-8)
+    dead = np.concatenate([a, np.zeros((400, 2))], 1)  # features that never fire
+    assert frechet_distance(dead, dead + 1) == pytest.approx(10)
+    with pytest.raises(ValueError, match="N > F"):
+        frechet_distance(a[:8], b)
+
+
+# ---- the shipped backbone ---------------------------------------------------------------------------------------------
+
+
+@needs_weights
+def test_the_shipped_folder_is_a_plain_pipeline():
+    from diffusers import StableDiffusion3Pipeline
+
+    assert sum(f.stat().st_size for f in SHIPPED.rglob("*") if f.is_file()) < 12e6
+    pipeline = StableDiffusion3Pipeline.from_pretrained(SHIPPED, local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    call = {"height": 64, "width": 64, "num_inference_steps": 4, "guidance_scale": 3.0, "output_type": "np"}
+    noise = [torch.Generator().manual_seed(0)]
+    plain = pipeline("a large red ball, gray floor", max_sequence_length=1, generator=noise, **call).images
+    assert plain.shape == (1, 64, 64, 3)
+    assert np.isfinite(plain).all()
+    assert plain.std() > 0.05
+
+
+@needs_weights
+def test_the_shipped_backbone_draws_what_it_is_told():
+    scores = json.loads((SHIPPED / "scores.json").read_text())
+    reader, scenes = load_reader(), [sample_scene(1, i) for i in range(24)]
+    drawn = sample_captions(load_pipeline(SHIPPED), [s.caption for s in scenes], 0, 12, 3.0)
+    right = accuracy(reader, drawn, scenes)
+    assert right["colour"] > 0.8 and right["floor"] > 0.9, right
+    assert scores["arms"]["samples"]["colour"]["value"] > 0.9 > 0.4 > scores["arms"]["other_captions"]["colour"]["value"]
+    assert scores["reader"]["hash"] == prepare.reader_hash(FOLDER)  # or scores and reader are of different days
+
+
+@needs_weights
+def test_the_card_is_the_generated_one(tmp_path):
+    import shutil
+
+    copy = shutil.copytree(SHIPPED, tmp_path / SHIPPED.name, ignore=shutil.ignore_patterns("*.safetensors"))
+    prepare.write_card(copy)
+    assert (copy / "README.md").read_text() == (SHIPPED / "README.md").read_text()
+
+
+# ---- making it --------------------------------------------------------------------------------------------------------
+
+
+def test_only_embedded_backbones_can_be_made(tmp_path):
+    with pytest.raises(UserError, match="backbone=sd3_medium cannot be made here"):
+        prepare.main(load("prepare", ["backbone=sd3_medium", f"cache_dir={tmp_path}"]))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_cache_of_another_recipe_is_refused(tmp_path):
+    prepare.claim_cache(load("prepare", [f"cache_dir={tmp_path}", "vae_steps=5"]))
+    prepare.claim_cache(load("prepare", [f"cache_dir={tmp_path}", "vae_steps=5", "workers=1"]))
+    with pytest.raises(UserError, match="vae_steps=5, not 6"):
+        prepare.claim_cache(load("prepare", [f"cache_dir={tmp_path}", "vae_steps=6"]))
+    with pytest.raises(UserError, match="vae_out is not there"):
+        prepare.stage_assemble(load("prepare", [f"cache_dir={tmp_path}", "vae_steps=5"]))
+
+
+def test_too_small_a_world_is_refused(tmp_path):
+    with pytest.raises(UserError, match="world_images=100 is too few: the scores want at least 130"):
+        prepare.stage_world(load("prepare", [f"cache_dir={tmp_path}", "world_images=100"]))
+
+
+@pytest.mark.slow
+def test_everything_can_be_made_from_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(prepare, "READER_FOLDER", tmp_path / "scene_reader")
+    sizes = ["world_images=140", "vae_steps=4", "backbone_steps=4", "reader_steps=4", "workers=1"]
+    cfg = load("prepare", ["backbone=sd3_tiny", *sizes, f"out={tmp_path / 'made'}", f"cache_dir={tmp_path / 'cache'}"])
+    prepare.main(cfg)
+    made = tmp_path / "made"
+    scores, recipe = (json.loads((made / name).read_text()) for name in ("scores.json", "recipe.json"))
+    assert scores["conditions"]["n"] == 70
+    assert scores["fid_scenes"]["samples"] > scores["fid_scenes"]["renders"]
+    assert recipe["vae"]["curve"][-1]["step"] == 4
+    assert recipe["parameters"]["transformer"] > 3e6
+    card = (made / "README.md").read_text()
+    assert "license: apache-2.0" in card
+    assert f"{100 * scores['arms']['renders']['floor']['value']:.1f}" in card
+    assert all((made / name).exists() for name in ("samples.png", "curve_vae.png", "curve_backbone.png"))
+    assert sum(f.stat().st_size for f in made.rglob("*") if f.is_file()) < 12e6
+
+    before = {f: f.stat().st_mtime_ns for f in (tmp_path / "cache").rglob("*") if f.suffix not in (".json",)}
+    prepare.stage_vae(cfg)
+    prepare.stage_backbone(cfg)
+    prepare.stage_reader(cfg)
+    assert {f: f.stat().st_mtime_ns for f in before} == before  # what is done is not done again
+    (tmp_path / "cache" / "sd3.jsonl").write_text('{"step": 3}\n')
+    with pytest.raises(UserError, match="ends at step 3, not at backbone_steps=4"):
+        prepare.stage_assemble(cfg)
