@@ -178,13 +178,16 @@ def identity(cfg: DictConfig, world: World) -> dict:
     }
 
 
-def run_context(cfg: DictConfig, world: World, folder: Path, loggers: list, with_condition: bool) -> RunContext:
+def run_context(
+    cfg: DictConfig, world: World, root: Path, folder: Path, loggers: list, with_condition: bool
+) -> RunContext:
     """Data streams and everything that callbacks need; with_condition=False makes a no-control arm."""
     train = ImageStream(world.train, cfg.seed, cfg.caption_dropout, with_condition)
     val = ImageStream(world.val, cfg.seed, 0.0, with_condition, stream="val")
     total = total_images(cfg)
     data = ControlData(train, val, total, cfg.hardware.micro_batch, cfg.hardware.workers, cfg.validation.final_images)
     return RunContext(
+        root=root,
         folder=folder,
         effective_batch=cfg.budget.effective_batch,
         total_images=total,

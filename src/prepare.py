@@ -253,7 +253,7 @@ def _recipe(cfg: DictConfig, pipeline: Any) -> dict[str, Any]:
         "backbone": {**asdict(Recipe(steps=cfg.backbone_steps, seed=cfg.seed)), "curve": curves["sd3"]},
         "parameters": {part: sum(p.numel() for p in getattr(pipeline, part).parameters()) for part in parts},
         "words": {group: list(known) for group, known in words.items()},
-        "example_caption": sample_scene(HELD_OUT_WORLD, 0).caption,
+        "example_caption": next(c for c in train.captions if " and " in c),
         "versions": {k: v for k, v in environment().items() if k in ("torch", "diffusers", "transformers", "numpy")},
         "command": " ".join(["python -m src.prepare backbone=sd3_tiny", *(f"{key}={cfg[key]}" for key in CLAIM)]),
     }

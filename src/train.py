@@ -35,30 +35,38 @@ NO_CONTROL = "no_control_arm"
 
 
 def main(cfg: DictConfig) -> None:
-    """One run, from a checked configuration to results.json."""
+    """The entry: exit code 143 after a signal, 0 at the end or at budget.stop_at_images."""
+    job = HydraConfig.get()
+    try:
+        train(cfg, list(job.overrides.task), job.runtime.choices.get("experiment"))
+    except Preempted as why:
+        print(f"stopped by {why}; saved. Continue with: python -m src.train resume={why.folder}\nrun: {why.folder}", flush=True)
+        raise SystemExit(143 if why.by_signal else 0) from None
+
+
+def train(cfg: DictConfig, typed: list[str], experiment: str | None = None) -> Path:
+    """One run, from a checked configuration to results.json. -> its folder. Raises Preempted once it has saved itself."""
     cfg = resolve_hardware(cfg)
     torch.set_num_threads(cfg.hardware.threads)
+    build.quiet()
     made = build.plan(cfg)
-    run = open_run(cfg, list(HydraConfig.get().overrides.task))
-    cfg = run.cfg
+    check_memory(cfg, made)
+    run = open_run(cfg, typed)
     if (run.folder / "results.json").exists():
         print(f"already finished\nrun: {run.folder}", flush=True)
-        return
-    build.quiet()
-    check_memory(cfg, made)
+        return run.folder
+    if run.resumed:
+        made = build.plan(run.cfg)
     began = time.monotonic()
-    world = build.load_world(cfg, made)
+    world = build.load_world(run.cfg, made)
     print(f"backbone and data ready in {time.monotonic() - began:.0f} s", flush=True)
-    try:
-        outcome = train_once(run, world)
-        arm = train_once(run, world, NO_CONTROL) if cfg.control_arm else None
-    except Preempted as why:
-        print(f"stopped by {why}; saved. Continue with: python -m src.train resume={run.folder}\nrun: {run.folder}", flush=True)
-        raise SystemExit(0 if str(why).startswith("budget") else 143) from None
-    results = collect(cfg, world, outcome, arm)
+    outcome = train_once(run, world)
+    arm = train_once(run, world, NO_CONTROL) if run.cfg.control_arm else None
+    results = collect(run.cfg, world, outcome, arm, experiment)
     write_results(run.folder / "results.json", results)
     plot_curves(run.folder / "metrics.jsonl", run.folder / "curves.png")
     say_results(results, run.folder)
+    return run.folder
 
 
 def train_once(run: Run, world: build.World, arm: str = "") -> dict:
@@ -75,7 +83,7 @@ def train_once(run: Run, world: build.World, arm: str = "") -> dict:
     config = OmegaConf.to_container(cfg, resolve=True)
     name = "-".join([cfg.name, run.folder.name, *([arm] if arm else [])])
     loggers = build_loggers(cfg.logger, folder, name, config, list(cfg.tags) + ([arm] if arm else []), facts)
-    context = build.run_context(cfg, world, folder, loggers, with_condition=not arm)
+    context = build.run_context(cfg, world, run.folder, folder, loggers, with_condition=not arm)
     callbacks = build.callbacks(cfg, context)
     checkpoint = run.checkpoint(arm)
     if checkpoint is not None:
@@ -146,7 +154,7 @@ def summarise(context, adapter, callbacks: list) -> dict:
     }
 
 
-def collect(cfg: DictConfig, world: build.World, outcome: dict, arm: dict | None) -> Result:
+def collect(cfg: DictConfig, world: build.World, outcome: dict, arm: dict | None, experiment: str | None) -> Result:
     """Join outcomes to the run's result: every arm with its interval, and the paired gain over each of them."""
     metrics = {}
     for name, (unit, better) in world.task.metrics.items():
@@ -167,7 +175,7 @@ def collect(cfg: DictConfig, world: build.World, outcome: dict, arm: dict | None
     step_ms, hardware = outcome["step_time_ms"], cfg.hardware
     sha, dirty = git_state(ROOT)
     return Result(
-        experiment=HydraConfig.get().runtime.choices.get("experiment") or cfg.name,
+        experiment=experiment or cfg.name,
         adapter=cfg.adapter.name,
         backbone={"id": world.backbone.facts.source, "revision": world.backbone.facts.revision, "hash": world.backbone_hash},
         task=cfg.task.name,

@@ -17,7 +17,6 @@ from src.embedded.score import frechet_distance, load_pipeline, sample_captions
 from src.embedded.text import TEXT_TOKENS, clip_tokenizer, scene_words, silent_t5, t5_tokenizer
 from src.types import UserError
 
-SHIPPED = EMBEDDED_ROOT / "sd3_tiny"
 PLACES = {
     "left",
     "right",
@@ -39,7 +38,6 @@ GOLDEN = {  # scene of world 0 -> mean level of each 16 x 16 block of its render
     0: [[109.7, 109.7, 109.7, 109.7], [109.3, 110.3, 108.0, 107.7], [102.3, 96.4, 100.9, 90.6], [80.5, 83.4, 90.9, 71.6]],
     12: [[109.7, 108.7, 109.6, 109.7], [109.7, 87.1, 102.8, 109.2], [95.0, 72.0, 99.4, 102.8], [80.3, 74.7, 68.9, 81.6]],
 }
-needs_weights = pytest.mark.needs_weights  # the trained backbone in src/embedded/weights/sd3_tiny
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -48,6 +46,13 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def shipped():
+    folder = EMBEDDED_ROOT / "sd3_tiny"
+    assert (folder / "model_index.json").exists(), "the embedded backbone is missing: make it with `python -m src.prepare`"
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -160,13 +165,14 @@ def test_the_reader_reads_held_out_scenes(held_out):
     scenes, drawn = held_out
     pictures, reader = np.stack([d["image"] for d in drawn]), load_reader()
     right = accuracy(reader, pictures, scenes)
-    assert right["colour"] > 0.96 and right["shape"] > 0.92 and right["floor"] > 0.98 and right["scene"] > 0.88, right
+    bounds = {"colour": 0.97, "shape": 0.94, "floor": 0.98, "scene": 0.9}
+    assert {name: right[name] for name, bound in bounds.items() if right[name] < bound} == {}
     noise = torch.rand(unit(pictures).shape, generator=torch.Generator().manual_seed(0)) * 0.04
     soft = torch.nn.functional.avg_pool2d(unit(pictures) + noise, 3, 1, 1).clamp(0, 1) * 255
     blurred = accuracy(reader, soft.to(torch.uint8).movedim(1, -1).numpy(), scenes)
     assert blurred["shape"] > right["shape"] - 0.06, blurred  # a decoder's blur is not punished
     other = accuracy(reader, pictures, scenes[1:] + scenes[:1])
-    assert other["shape"] < 0.15 and other["scene"] < 0.05, other
+    assert max(other["shape"], other["scene"]) < 0.15, other
     assert reader.read(pictures[:3])[2].shape == (3, FEATURES)
     assert FEATURES <= 64
     assert sum(f.stat().st_size for f in FOLDER.iterdir()) < 0.6e6
@@ -175,7 +181,7 @@ def test_the_reader_reads_held_out_scenes(held_out):
 def test_the_reader_calls_no_heap_a_shape():
     pictures = np.stack([render(sample_scene(1, i), SIZE)["image"] for i in range(120)])
     refused = rejection(load_reader(), pictures, 1)
-    assert refused["bent"] > 0.75 and refused["twins"] > 0.75, refused
+    assert min(refused.values()) > 0.75, refused
 
 
 def test_the_reader_refuses_other_pictures(tmp_path):
@@ -206,12 +212,11 @@ def test_frechet_distance_is_the_closed_form():
 # ---- the shipped backbone ---------------------------------------------------------------------------------------------
 
 
-@needs_weights
-def test_the_shipped_folder_is_a_plain_pipeline():
+def test_the_shipped_folder_is_a_plain_pipeline(shipped):
     from diffusers import StableDiffusion3Pipeline
 
-    assert sum(f.stat().st_size for f in SHIPPED.rglob("*") if f.is_file()) < 12e6
-    pipeline = StableDiffusion3Pipeline.from_pretrained(SHIPPED, local_files_only=True)
+    assert sum(f.stat().st_size for f in shipped.rglob("*") if f.is_file()) < 12e6
+    pipeline = StableDiffusion3Pipeline.from_pretrained(shipped, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
     call = {"height": 64, "width": 64, "num_inference_steps": 4, "guidance_scale": 3.0, "output_type": "np"}
     noise = [torch.Generator().manual_seed(0)]
@@ -221,24 +226,24 @@ def test_the_shipped_folder_is_a_plain_pipeline():
     assert plain.std() > 0.05
 
 
-@needs_weights
-def test_the_shipped_backbone_draws_what_it_is_told():
-    scores = json.loads((SHIPPED / "scores.json").read_text())
+def test_the_shipped_backbone_draws_what_it_is_told(shipped):
+    scores = json.loads((shipped / "scores.json").read_text())
     reader, scenes = load_reader(), [sample_scene(1, i) for i in range(24)]
-    drawn = sample_captions(load_pipeline(SHIPPED), [s.caption for s in scenes], 0, 12, 3.0)
+    drawn = sample_captions(load_pipeline(shipped), [s.caption for s in scenes], 0, 12, 3.0)
     right = accuracy(reader, drawn, scenes)
-    assert right["colour"] > 0.8 and right["floor"] > 0.9, right
-    assert scores["arms"]["samples"]["colour"]["value"] > 0.9 > 0.4 > scores["arms"]["other_captions"]["colour"]["value"]
+    assert min(right["colour"], right["floor"]) > 0.85, right
+    said, unsaid = (scores["arms"][arm]["colour"]["value"] for arm in ("samples", "other_captions"))
+    assert said > 0.9
+    assert unsaid < 0.4
     assert scores["reader"]["hash"] == prepare.reader_hash(FOLDER)  # or scores and reader are of different days
 
 
-@needs_weights
-def test_the_card_is_the_generated_one(tmp_path):
+def test_the_card_is_the_generated_one(shipped, tmp_path):
     import shutil
 
-    copy = shutil.copytree(SHIPPED, tmp_path / SHIPPED.name, ignore=shutil.ignore_patterns("*.safetensors"))
+    copy = shutil.copytree(shipped, tmp_path / shipped.name, ignore=shutil.ignore_patterns("*.safetensors"))
     prepare.write_card(copy)
-    assert (copy / "README.md").read_text() == (SHIPPED / "README.md").read_text()
+    assert (copy / "README.md").read_text() == (shipped / "README.md").read_text()
 
 
 # ---- making it --------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Building blocks of control adapters: connectors, condition stems, copies.
 
-Legend in `src.types`: h is a frozen feature, a the adapter's feature, both (B, T, D).
+Legend in `src.types`. A connector joins features of a source to a stream that goes on, both (B, T, D); untrained it is the
+identity on the stream.
 """
 
 from torch import Tensor, nn
@@ -10,29 +11,28 @@ from src.types import ConditionSpace
 
 
 class ZeroMLP(nn.Module):
-    """out = h + s Z(a), with Z a zero-initialised linear layer (the token form of ControlNet's zero convolution)."""
+    """out = into + Z(source), with Z a zero-initialised linear layer (the token form of ControlNet's zero convolution)."""
 
     def __init__(self, width: int):
         super().__init__()
         self.add = zero_linear(width)
 
-    def forward(self, h_BTD: Tensor, a_BTD: Tensor, scale: float = 1.0) -> Tensor:
-        return h_BTD + scale * self.add(a_BTD)
+    def forward(self, into_BTD: Tensor, source_BTD: Tensor) -> Tensor:
+        return into_BTD + self.add(source_BTD)
 
 
 class ZeroFT(nn.Module):
-    """out = h (1 + s Zm(a)) + s Za(a): multiply, add and shortcut, both linears zero-initialised.
+    """out = into (1 + Zm(source)) + Za(source): multiply, add and shortcut, both linears zero-initialised.
 
-    UniCon (2503.17221) names it; its ancestor is the ZeroSFT of SUPIR. h is the frozen feature: only this direction
-    makes the untrained adapter reproduce the frozen backbone. scale s = 0 gives h.
+    UniCon (2503.17221) names it; its ancestor is the ZeroSFT of SUPIR (2401.13627).
     """
 
     def __init__(self, width: int):
         super().__init__()
         self.multiply, self.add = zero_linear(width), zero_linear(width)
 
-    def forward(self, h_BTD: Tensor, a_BTD: Tensor, scale: float = 1.0) -> Tensor:
-        return h_BTD * (1 + scale * self.multiply(a_BTD)) + scale * self.add(a_BTD)
+    def forward(self, into_BTD: Tensor, source_BTD: Tensor) -> Tensor:
+        return into_BTD * (1 + self.multiply(source_BTD)) + self.add(source_BTD)
 
 
 CONNECTORS: dict[str, type[nn.Module]] = {"zero_mlp": ZeroMLP, "zero_ft": ZeroFT}

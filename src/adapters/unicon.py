@@ -2,8 +2,8 @@
 
 The frozen network runs forward only, under no_grad: nothing flows back into it and none of its activations is stored.
 There is no public code of the authors; `lixirui142/UniCon` is another method of the same name. Where the paper is
-silent: the frozen feature is the shortcut of every connector, the copies carry their own text stream, and the head is
-copied too, so that no gradient has to cross a frozen layer.
+silent: the copies' own stream is the shortcut of the connectors (see `UniCon.shortcut`), the copies carry their own text
+stream, and the head is copied too, so that no gradient has to cross a frozen layer.
 """
 
 from typing import ClassVar, Literal
@@ -22,12 +22,16 @@ class UniCon(ControlAdapter):
     """UniCon and UniCon-Half on transformers.
 
     copy: "full" (UniCon: every block) or "decoder" (UniCon-Half: the second half);
-    connector: how a frozen and a copied feature join, a key of `CONNECTORS`;
+    connector: how two features join, a key of `CONNECTORS`;
+    shortcut: which of the two goes on unchanged while the connectors are untrained. "adapter": the copies' stream, into
+    which frozen features flow. "frozen": the frozen feature, so that the copies speak only through zero-initialised
+    layers, K + 1 of them in a row between condition and output; it learns far more slowly (experiments/README.md);
     condition_space: "latent" sends the condition through the autoencoder, as the paper does; "pixel" does not;
     checkpointing: recompute the copied blocks in the backward pass.
 
     With copied blocks i = first..K-1, frozen features h_i before block i and condition tokens c:
-    a = c; for each i: a = copy_i(connector_i(h_i, a)); prediction = head(connector_K(h_K, a)).
+    a = join(h_first, c), then a = copy_i(a), a = join(a, h_(i+1)) for each i; prediction = head(a).
+    With shortcut="frozen" the later joins are join(h_(i+1), a). Both give exactly the backbone before training.
     """
 
     families: ClassVar = ("mmdit",)
@@ -42,12 +46,13 @@ class UniCon(ControlAdapter):
         name: str,
         copy: Literal["full", "decoder"] = "full",
         connector: Literal["zero_ft", "zero_mlp"] = "zero_ft",
+        shortcut: Literal["adapter", "frozen"] = "adapter",
         condition_space: ConditionSpace = "latent",
         checkpointing: bool = False,
     ):
         super().__init__(backbone, objective, optimizer, name, condition_space)
         self.indices = copied_steps(backbone.facts.depth, copy)
-        self.checkpointing = checkpointing
+        self.shortcut, self.checkpointing = shortcut, checkpointing
         self.stem = ConditionStem(backbone, condition_space)
         self.copies = backbone.copy_steps(self.indices)
         self.connectors = nn.ModuleList(CONNECTORS[connector](backbone.facts.width) for _ in range(len(self.indices) + 1))
@@ -62,11 +67,11 @@ class UniCon(ControlAdapter):
 
     @torch.no_grad()
     def frozen_features(self, backbone: Backbone, x_BCHW: Tensor, t_B: Tensor, text: TextCond) -> dict[int, StreamState]:
-        """The frozen pass: the states before each copied block and after the last one, by block number.
+        """The frozen pass: the states before the first copied block and after each, by the number of the next block.
 
         Only the first keeps its text stream, from which the copies' own starts; the others would only hold memory.
         """
-        wanted, kept = {*self.indices, backbone.facts.depth}, {}
+        wanted, kept = {self.indices[0], *(i + 1 for i in self.indices)}, {}
         state = backbone.begin(x_BCHW, t_B, text)
         for k in range(backbone.facts.depth + 1):
             if k in wanted:
@@ -82,38 +87,31 @@ class UniCon(ControlAdapter):
             with torch.no_grad():
                 return backbone.predict(x_BCHW, t_B, text)
         frozen = self.frozen_features(backbone, x_BCHW, t_B, text)
-        a_BTD, text_BLD = features, frozen[self.indices[0]].text
-        for i, copied, connect in zip(self.indices, self.copies, self.connectors[:-1], strict=True):
-            a_BTD, text_BLD = self._step(backbone, copied, connect, frozen[i], a_BTD, text_BLD, scale)
-        last = frozen[backbone.facts.depth]
-        joined = last.with_(x=self.connectors[-1](last.x, a_BTD, scale))
-        out = backbone.end(joined, self.head)
+        first, depth = self.indices[0], backbone.facts.depth
+        a_BTD, text_BLD = self.connectors[0](frozen[first].x, features), frozen[first].text
+        for i, copied, join in zip(self.indices, self.copies, self.connectors[1:], strict=True):
+            a_BTD, text_BLD = self._step(backbone, copied, join, frozen[i + 1], a_BTD, text_BLD)
+        out = backbone.end(frozen[depth].with_(x=a_BTD), self.head)
         if scale == 1:
             return out
-        # between 0 and 1 the heads are blended too, or scale -> 0 would not lead back to the backbone
         with torch.no_grad():
-            frozen_head = backbone.end(joined)
-        return scale * out + (1 - scale) * frozen_head
+            alone = backbone.end(frozen[depth])
+        return alone + scale * (out - alone)
 
     def _step(
-        self,
-        backbone: Backbone,
-        copied: nn.Module,
-        connect: nn.Module,
-        frozen: StreamState,
-        a_BTD: Tensor,
-        text_BLD: Tensor,
-        scale: float,
-    ) -> tuple[Tensor, Tensor]:
-        """One connector and one copied block; features are arguments, so that recomputation sees this batch's."""
-        grid = frozen.grid
+        self, backbone: Backbone, copied: nn.Module, join: nn.Module, after: StreamState, a_BTD: Tensor, text_BLD: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """One copied block and the join with the frozen feature after its original.
 
-        def forward(h_BTD: Tensor, a_BTD: Tensor, text_BLD: Tensor, time_BD: Tensor) -> tuple[Tensor, Tensor]:
-            state = StreamState(connect(h_BTD, a_BTD, scale), text_BLD, time_BD, grid)
-            after = backbone.run(copied, state)
-            return after.x, after.text
+        Features are arguments of what is checkpointed: kept elsewhere, recomputation could see another batch's.
+        """
+        grid, own_first = after.grid, self.shortcut == "adapter"
 
-        args = (frozen.x, a_BTD, text_BLD, frozen.time)
+        def forward(a_BTD: Tensor, text_BLD: Tensor, time_BD: Tensor, h_BTD: Tensor) -> tuple[Tensor, Tensor | None]:
+            state = backbone.run(copied, StreamState(a_BTD, text_BLD, time_BD, grid))
+            return (join(state.x, h_BTD) if own_first else join(h_BTD, state.x)), state.text
+
+        args = (a_BTD, text_BLD, after.time, after.x)
         if self.checkpointing and torch.is_grad_enabled():
             return torch.utils.checkpoint.checkpoint(forward, *args, use_reentrant=False)
         return forward(*args)

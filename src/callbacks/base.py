@@ -14,10 +14,12 @@ from src.types import UserError
 class RunContext:
     """One training run as its callbacks see it.
 
+    root: the run's own folder; folder: the same, or an arm's below it;
     meta: identity for checkpoints (adapter, backbone, backbone_hash, config_sha); loggers: see `src.loggers`;
     validation: how often and how much; stop_requested: name of the signal that asked for an end, if any.
     """
 
+    root: Path
     folder: Path
     effective_batch: int
     total_images: int
@@ -38,7 +40,11 @@ class RunContext:
 
 
 class Preempted(Exception):
-    """The run was asked to end (SIGTERM, or budget.stop_at_images) and has saved itself."""
+    """The run was asked to end and has saved itself. folder: of the run; by_signal: False for budget.stop_at_images."""
+
+    def __init__(self, reason: str, folder: Path, by_signal: bool):
+        super().__init__(reason)
+        self.folder, self.by_signal = folder, by_signal
 
 
 class TrainingDiverged(UserError):

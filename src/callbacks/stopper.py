@@ -42,7 +42,8 @@ class GracefulStop(StepCallback):
         """Save and raise `Preempted` if a signal has come; only ever called between optimizer steps."""
         if self.run.stop_requested is not None:
             next(c for c in trainer.callbacks if isinstance(c, SaveAdapter)).save(trainer, adapter)
-            raise Preempted(self.run.stop_requested)
+            by_signal = self.run.stop_requested.startswith("SIG")
+            raise Preempted(self.run.stop_requested, self.run.root, by_signal)
 
     def _ask(self, number: int, _frame) -> None:
         self.run.stop_requested = signal.Signals(number).name

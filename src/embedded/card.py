@@ -56,16 +56,17 @@ Captions list one to three things and a floor: `{caption}`.
 Known words: {words}.
 
 `max_sequence_length` is the number of T5 tokens. The model was trained with none. The T5 in the folder is silent (its output
-is zero) and is there because the pipeline class insists on one; each of its tokens draws attention away from the caption:
+is zero) and is there because the pipeline class insists on one; many of its tokens draw attention away from the caption:
 
 {tokens_table}
 
 Loading without `text_encoder_3=None, tokenizer_3=None` works too; then pass `max_sequence_length=1`, since the pipeline
-cannot cut a T5 prompt to no token at all.
+cannot cut a T5 prompt to no token at all, and stops with an error at 0.
 
 ## Scores
 Read by the scene reader (`{reader_hash}`), a network of {reader_k:.0f} k parameters that learned from renders and knows no
-model. {n} captions of the held-out world, one sample each; 95 % intervals over pictures.
+model. It takes things bent out of shape, and two things where one is named, for wrong. {n} captions of the held-out world,
+one sample each; 95 % intervals over pictures.
 
 {scores_table}
 

@@ -32,9 +32,9 @@ FOLDER = Path(__file__).parent / "weights" / "scene_reader"
 BATCH, BENT, TWINS = 64, 8, 8  # pictures per step, and how many of them are bent or hold twins
 SPOILED_SCENES = 3000  # scenes that bent renders are made from, and as many with twins
 PEAK_LR, WARMUP = 4e-3, 100
-BLUR_PX, NOISE = (0.3, 1.1), 0.03  # of the augmentation: decoders blur, and must not be punished for that alone
+BLUR_PX, NOISE = (0.3, 1.3), 0.03  # of the augmentation: decoders blur, and must not be punished for that alone
 TOUCHED = 3  # 8-bit levels: a pixel that differs more from the empty scene belongs to a thing or its shadow
-WOBBLE_PX, BEND_PX = (0.0, 0.6), (4.0, 8.0)  # a displacement of the first kind leaves a shape what it is
+WOBBLE_PX, BEND_PX = (0.0, 1.0), (4.0, 8.0)  # a displacement of the first kind leaves a shape what it is
 
 
 class SceneReader(nn.Module):

@@ -1,0 +1,164 @@
+"""A resumed run equals an uninterrupted one, to the bit: sample ids, rate, loss, weights."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+
+from src.adapters.base import ControlAdapter
+from src.callbacks.base import Preempted
+from src.config import load
+from src.results import read_rows
+from src.train import train
+from src.types import UserError
+from tests.conftest import QUICK, ROOT
+
+# 20 optimizer steps of 8 images over 40 training images: the fourth epoch has begun when the run ends
+RUN = [*QUICK, "data.train_images=40", "budget.images=160", "budget.effective_batch=8", "callbacks.meter.every_steps=1"]
+RUN += ["validation.every_images=1000", "caption_dropout=0.3", "optimizer.warmup_images=24"]
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """Which images each micro-batch held, in order."""
+    ids: list[tuple[int, str]] = []
+    original = ControlAdapter.training_step
+
+    def spy(self, batch, i):
+        ids.extend(zip(batch.index, batch.ids, strict=True))
+        return original(self, batch, i)
+
+    monkeypatch.setattr(ControlAdapter, "training_step", spy)
+    return ids
+
+
+def go(tmp_path: Path, cache: Path, *extra: str) -> Path:
+    """A run that may stop itself; -> its folder."""
+    typed = [*RUN, f"output_dir={tmp_path}", f"cache_dir={cache}", *extra]
+    try:
+        return train(load("train", typed), typed)
+    except Preempted as stopped:
+        return stopped.folder
+
+
+def resume(folder: Path, cache: Path, *extra: str) -> Path:
+    typed = [f"resume={folder}", f"cache_dir={cache}", *extra]
+    try:
+        return train(load("train", typed), typed)
+    except Preempted as stopped:
+        return stopped.folder
+
+
+def weights(folder: Path, name: str = "adapter") -> dict[str, torch.Tensor]:
+    return load_file(sorted((folder / "checkpoints").glob("images-*"))[-1] / f"{name}.safetensors")
+
+
+def equal(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def rows(folder: Path) -> list[tuple]:
+    wanted = ("images_seen", "train/loss", "train/lr", "train/grad_norm")
+    return [tuple(r[k] for k in wanted) for r in read_rows(folder / "metrics.jsonl") if "train/loss" in r]
+
+
+@pytest.mark.parametrize("micro", [8, 2], ids=["whole-batches", "accumulation-4"])
+def test_twenty_steps_equal_ten_and_ten(tmp_path, cache_dir, seen, micro):
+    hardware = f"hardware.micro_batch={micro}"
+    straight = go(tmp_path / "a", cache_dir, hardware)
+    ids = list(seen)
+    seen.clear()
+    first = go(tmp_path / "b", cache_dir, hardware, "budget.stop_at_images=80")
+    assert not (first / "results.json").exists()
+    assert len(seen) == 80
+    second = resume(first, cache_dir)
+    assert second == first
+    assert list(seen) == ids
+    assert len(ids) == 160
+    assert rows(first) == rows(straight)
+    assert len(rows(first)) == 20
+    assert equal(weights(first), weights(straight))
+    assert equal(weights(first, "adapter_ema"), weights(straight, "adapter_ema"))
+    scores = [json.loads((f / "outcome.json").read_text())["scores"] for f in (straight, first)]
+    assert scores[0] == scores[1]
+
+
+def test_a_resume_may_change_the_micro_batch(tmp_path, cache_dir, seen):
+    first = go(tmp_path, cache_dir, "budget.stop_at_images=80")
+    resume(first, cache_dir, "hardware=cpu", "hardware.micro_batch=4", "hardware.workers=0")
+    assert [n for n, _ in seen] == list(range(160))
+    assert len(rows(first)) == 20
+
+
+def test_order_is_a_permutation_of_each_epoch(tmp_path, cache_dir, seen):
+    go(tmp_path, cache_dir)
+    epochs = [[name for _, name in seen[e : e + 40]] for e in range(0, 160, 40)]
+    assert all(len(set(e)) == 40 for e in epochs)
+    assert epochs[0] != epochs[1]
+
+
+def test_changed_science_is_refused_by_key(tmp_path, cache_dir):
+    first = go(tmp_path, cache_dir, "budget.stop_at_images=40")
+    with pytest.raises(UserError, match=r"optimizer\.algorithm\.lr"):
+        resume(first, cache_dir, *RUN, "optimizer.algorithm.lr=0.5")
+
+
+def test_nothing_to_resume_is_said(tmp_path, cache_dir):
+    with pytest.raises(UserError, match="no run folder"):
+        resume(tmp_path, cache_dir)
+
+
+def test_auto_continues_the_unfinished_run_of_this_science_only(tmp_path, cache_dir):
+    first = go(tmp_path, cache_dir, "budget.stop_at_images=40")
+    other = go(tmp_path, cache_dir, "resume=auto", "seed=1", "budget.stop_at_images=40")
+    again = go(tmp_path, cache_dir, "resume=auto")
+    assert other != first
+    assert again == first
+    assert (first / "results.json").exists()
+
+
+def test_a_broken_newest_checkpoint_is_passed_over(tmp_path, cache_dir, capsys):
+    every = "callbacks.checkpoints.every_images=40"
+    straight = go(tmp_path / "a", cache_dir, every)
+    first = go(tmp_path / "b", cache_dir, every, "budget.stop_at_images=80")
+    newest = sorted((first / "checkpoints").glob("images-*"))[-1]
+    file = newest / "adapter.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    (first / "checkpoints" / ".images-000000120.part").mkdir()
+    resume(first, cache_dir)
+    assert "passed over" in capsys.readouterr().out
+    assert equal(weights(first), weights(straight))
+    assert not list((first / "checkpoints").glob(".*"))
+
+
+def test_sigterm_saves_and_exits_143_and_auto_finds_it(tmp_path, cache_dir):
+    """A real process, a real signal: in the middle of training, after the first step."""
+    more = ["budget.images=4000", "callbacks.meter.every_steps=1", f"output_dir={tmp_path}", f"cache_dir={cache_dir}"]
+    command = [sys.executable, "-m", "src.train", *RUN, *more]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ})
+    deadline = time.monotonic() + 240
+    while not list(tmp_path.glob("*/*/metrics.jsonl")) and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 143, out + err
+    folder = next(tmp_path.glob("*/*/config.yaml")).parent
+    saved = sorted((folder / "checkpoints").glob("images-*"))[-1]
+    images = json.loads((saved / "meta.json").read_text())["images_seen"]
+    assert images >= 8
+    assert f"run: {folder}" in out
+    typed = [*RUN, *more, "resume=auto", f"budget.stop_at_images={images + 16}"]
+    with pytest.raises(Preempted) as again:
+        train(load("train", typed), typed)
+    assert again.value.folder == folder
+    assert [r[0] for r in rows(folder)] == list(range(8, images + 17, 8))
+    assert OmegaConf.load(folder / "config.yaml").budget.images == 4000
