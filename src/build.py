@@ -178,9 +178,7 @@ def identity(cfg: DictConfig, world: World) -> dict:
     }
 
 
-def run_context(
-    cfg: DictConfig, world: World, root: Path, folder: Path, loggers: list, with_condition: bool
-) -> RunContext:
+def run_context(cfg: DictConfig, world: World, root: Path, folder: Path, loggers: list, with_condition: bool) -> RunContext:
     """Data streams and everything that callbacks need; with_condition=False makes a no-control arm."""
     train = ImageStream(world.train, cfg.seed, cfg.caption_dropout, with_condition)
     val = ImageStream(world.val, cfg.seed, 0.0, with_condition, stream="val")

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -76,8 +77,8 @@ def verify(folder: Path) -> None:
             load_file(folder / "adapter_ema.safetensors")
         torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
         read_meta(folder)
-    except (OSError, SafetensorError, RuntimeError, ValueError, KeyError, EOFError) as error:
-        raise CheckpointError(f"{folder} is not a whole checkpoint: {error}") from error
+    except (OSError, SafetensorError, UnpicklingError, RuntimeError, ValueError, KeyError, EOFError) as error:
+        raise CheckpointError(f"{folder} is not a whole checkpoint: {str(error).splitlines()[0]}") from error
 
 
 def read_meta(folder: Path) -> dict:

@@ -23,6 +23,15 @@ def reference(backbone, x, t, text):
     )[0]
 
 
+def stock_pipeline():
+    """Without the T5, which the embedded model does not read: transformers cannot cut a prompt to no token at all."""
+    from diffusers import StableDiffusion3Pipeline
+
+    return StableDiffusion3Pipeline.from_pretrained(
+        EMBEDDED_ROOT / "sd3_tiny", text_encoder_3=None, tokenizer_3=None, dtype=torch.float32, local_files_only=True
+    )
+
+
 @pytest.mark.parametrize("name", ["sd3_tiny", "sd35_random"])
 def test_unrolled_equals_diffusers_exactly(name, request, inputs):
     backbone = request.getfixturevalue(name)
@@ -53,7 +62,9 @@ def test_copies_do_not_touch_the_backbone(sd3_tiny, inputs):
     with torch.no_grad():
         for p in copies.parameters():
             p.zero_()
-    assert all(p.requires_grad and p.dtype == torch.float32 for p in copies.parameters())
+    assert all(p.dtype == torch.float32 for p in copies.parameters())
+    dead = [n for n, p in copies.named_parameters() if not p.requires_grad]
+    assert dead == ["1.attn.add_q_proj.weight", "1.attn.add_q_proj.bias"]  # the text output of the last block is dropped
     assert sd3_tiny.weight_hash() == digest
     assert dict(sd3_tiny.net.config) == config
 
@@ -70,9 +81,7 @@ def test_facts_come_from_the_model_files(sd3_tiny):
 
 
 def test_text_and_codec_match_the_stock_pipeline(sd3_tiny):
-    from diffusers import StableDiffusion3Pipeline
-
-    pipe = StableDiffusion3Pipeline.from_pretrained(EMBEDDED_ROOT / "sd3_tiny", local_files_only=True)
+    pipe = stock_pipeline()
     caption = "a large red ball and a small blue cube, brown floor"
     ours = sd3_tiny.encode_text([caption], CPU)
     tokens, _, pooled, _ = pipe.encode_prompt(caption, None, None, do_classifier_free_guidance=False, max_sequence_length=0)
@@ -90,11 +99,9 @@ def test_codec_refuses_pictures_out_of_range(sd3_tiny):
 
 def test_sampler_equals_the_stock_pipeline(sd3_tiny):
     """Same noise, levels and guidance: our loop over the unrolled network and diffusers' own make the same picture."""
-    from diffusers import StableDiffusion3Pipeline
-
     from src.sampling import euler_flow, flow_levels
 
-    pipe = StableDiffusion3Pipeline.from_pretrained(EMBEDDED_ROOT / "sd3_tiny", local_files_only=True)
+    pipe = stock_pipeline()
     pipe.set_progress_bar_config(disable=True)
     noise = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(3))
     caption = "a large green cone, dark floor"

@@ -288,7 +288,7 @@ def test_mode_of_the_environment_wins(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("WANDB_MODE", "sideways")
     with pytest.raises(UserError, match="WANDB_MODE is 'sideways'"):
         build(tmp_path)
-    with pytest.raises(UserError, match="logger.name is 'tensorboard'"):
+    with pytest.raises(UserError, match=r"logger\.name is 'tensorboard'"):
         build(tmp_path, name="tensorboard")
 
 

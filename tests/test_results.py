@@ -130,7 +130,7 @@ def test_refusals_name_the_field(tmp_path, field, value, said):
     assert said in str(error.value)
     assert path.read_bytes() == before, "the old file is untouched"
     path.write_text(json.dumps(changed(field, value)))
-    with pytest.raises(ResultError, match="results.json"):
+    with pytest.raises(ResultError, match=r"results\.json"):
         read_results(path)
 
 
@@ -141,11 +141,12 @@ def test_write_is_atomic(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda handle: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(OSError, match="No space"):
         write_results(path, fields() | {"seed": 7})
-    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1, "no half file, no left-over"
+    assert path.read_bytes() == before, "half a file"
+    assert len(list(tmp_path.iterdir())) == 1, "a left-over"
 
 
 def test_unreadable_results_and_rows(tmp_path):
-    with pytest.raises(ResultError, match="cannot read .*gone.json"):
+    with pytest.raises(ResultError, match=r"cannot read .*gone\.json"):
         read_results(tmp_path / "gone.json")
     (tmp_path / "cut.json").write_text('{"task": "can')
     with pytest.raises(ResultError, match="not JSON"):

@@ -27,7 +27,7 @@ def test_neighbouring_indices_share_nothing():
 
 def test_uniform_is_uniform_and_a_permutation_permutes():
     u = rng.uniform(0, "t", list(range(4000)))
-    assert 0 <= float(u.min())
+    assert float(u.min()) >= 0
     assert float(u.max()) < 1
     assert abs(float(u.mean()) - 0.5) < 0.02
     assert sorted(rng.permutation(0, "order", 3, 50)) == list(range(50))

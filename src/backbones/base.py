@@ -71,6 +71,11 @@ class Backbone(nn.Module, ABC):
     def _embed(self) -> nn.Module:
         """The convolution that turns latents (B, C, H, W) into the first features, without positions."""
 
+    def _dead_parts(self, step: nn.Module) -> list[nn.Module]:
+        """Modules of a step whose parameters cannot reach the output: frozen in copies, or distributed training would wait
+        for their gradients."""
+        return []
+
     def predict(self, x_BCHW: Tensor, t_B: Tensor, text: TextCond) -> Tensor:
         """The frozen network's own prediction, step by step."""
         state = self.begin(x_BCHW, t_B, text)
@@ -81,7 +86,11 @@ class Backbone(nn.Module, ABC):
     def copy_steps(self, indices: list[int]) -> nn.ModuleList:
         """Trainable float32 deep copies of steps. Modules are copied, never rebuilt from a configuration: `from_config`
         would write into the backbone's own and get the last block wrong."""
-        return _trainable(nn.ModuleList(self._steps()[i] for i in indices))
+        copies = _trainable(nn.ModuleList(self._steps()[i] for i in indices))
+        for copied in copies:
+            for dead in self._dead_parts(copied):
+                dead.requires_grad_(False)
+        return copies
 
     def copy_head(self) -> nn.Module:
         """A trainable float32 copy of the head, for `end(state, head)`."""

@@ -124,6 +124,11 @@ class SD3(Backbone):
     def _steps(self) -> nn.ModuleList:
         return self.net.transformer_blocks
 
+    def _dead_parts(self, step: nn.Module) -> list[nn.Module]:
+        # the last block drops its text output: what asks on behalf of the text is computed and thrown away
+        parts = (step.attn.add_q_proj, step.attn.norm_added_q) if step.context_pre_only else ()
+        return [p for p in parts if p is not None]
+
     def _head(self) -> nn.Module:
         return nn.ModuleDict({"norm_out": self.net.norm_out, "proj_out": self.net.proj_out})
 

@@ -37,7 +37,7 @@ class ModelSource:
             name = self.source.removeprefix("embedded:")
             folder = EMBEDDED_ROOT / name
             if not folder.is_dir():
-                have = sorted(p.name for p in EMBEDDED_ROOT.glob("*") if p.is_dir())
+                have = sorted(p.parent.name for p in EMBEDDED_ROOT.glob("*/model_index.json"))
                 raise SourceError(
                     f"no embedded backbone {name!r}; there are {have}, or make it: python -m src.prepare backbone={name}"
                 )

@@ -24,14 +24,14 @@ class AdapterEMA(StepCallback):
 
     def on_fit_start(self, trainer: pl.Trainer, adapter: pl.LightningModule) -> None:
         if self.run.ema_decay and self.average is None:
-            self.average = {k: v.detach().clone() for k, v in adapter.named_parameters()}
+            self.average = {k: v.detach().clone() for k, v in _trained(adapter).items()}
 
     def on_step(self, trainer: pl.Trainer, adapter: pl.LightningModule, images_seen: int) -> None:
         if self.average is None:
             return
         step = trainer.global_step
         decay = min(self.run.ema_decay, (1 + step) / (10 + step))
-        weights = dict(adapter.named_parameters())
+        weights = _trained(adapter)
         with torch.no_grad():
             for name, mean in self.average.items():
                 mean.lerp_(weights[name], 1 - decay)
@@ -42,7 +42,7 @@ class AdapterEMA(StepCallback):
         if self.average is None:
             yield
             return
-        own = {k: v.detach().clone() for k, v in adapter.named_parameters()}
+        own = {k: v.detach().clone() for k, v in _trained(adapter).items()}
         try:
             _put(adapter, self.average)
             yield
@@ -51,15 +51,19 @@ class AdapterEMA(StepCallback):
 
     def on_save_checkpoint(self, trainer: pl.Trainer, adapter: pl.LightningModule, checkpoint: dict) -> None:
         if self.average is not None:
-            checkpoint[EMA_KEY] = self.average
+            checkpoint[EMA_KEY] = {**adapter.state_dict(), **self.average}  # whole, so that it can be read alone
 
     def on_load_checkpoint(self, trainer: pl.Trainer, adapter: pl.LightningModule, checkpoint: dict) -> None:
         if self.run.ema_decay and EMA_KEY in checkpoint:
             device = adapter.device
-            self.average = {k: v.to(device).clone() for k, v in checkpoint[EMA_KEY].items()}
+            self.average = {k: checkpoint[EMA_KEY][k].to(device).clone() for k in _trained(adapter)}
 
 
 @torch.no_grad()
 def _put(adapter: pl.LightningModule, values: dict[str, Tensor]) -> None:
-    for name, parameter in adapter.named_parameters():
+    for name, parameter in _trained(adapter).items():
         parameter.copy_(values[name])
+
+
+def _trained(adapter: pl.LightningModule) -> dict[str, Tensor]:
+    return {k: p for k, p in adapter.named_parameters() if p.requires_grad}

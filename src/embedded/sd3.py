@@ -15,7 +15,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transfo
 from torch import Tensor, nn
 
 from src.embedded.text import TEXT_TOKENS, clip_encoder, clip_tokenizer, silent_t5, t5_tokenizer
-from src.embedded.vae import CHANNELS
+from src.embedded.vae import CHANNELS, save_atomically
 from src.objectives import FlowMatching
 
 TEXT_WIDTH = 64  # of each CLIP; their outputs side by side are the transformer's text tokens
@@ -141,8 +141,7 @@ def train_sd3(
                 }
             )
             state = {"model": model.state_dict(), "ema": ema.state_dict(), "opt": opt.state_dict()}
-            torch.save({**state, "step": step + 1, "cpu_s": spent}, checkpoint.with_suffix(".tmp"))
-            checkpoint.with_suffix(".tmp").replace(checkpoint)
+            save_atomically({**state, "step": step + 1, "cpu_s": spent}, checkpoint)
     return ema.eval()
 
 

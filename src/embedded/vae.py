@@ -52,7 +52,7 @@ def fit_basis(images: np.ndarray, maps: np.ndarray) -> PatchBasis:
         return mean, (patches - mean).T @ (patches - mean) / len(patches)
 
     mean, cov = moments(images)
-    values, vectors = torch.linalg.eigh(cov + MAP_WEIGHT * moments(maps)[1])
+    _, vectors = torch.linalg.eigh(cov + MAP_WEIGHT * moments(maps)[1])
     basis = vectors.flip(1)[:, :CHANNELS]
     std = (basis.T @ cov @ basis).diagonal().sqrt()
     scale = std.sqrt() * std.mean().sqrt()  # mean over channels of the scaled variance is 1
@@ -109,7 +109,6 @@ def train_vae(
     """
     torch.manual_seed(seed)
     vae = build_vae(images.shape[1])
-    # Adam's second moment at 0.99: one-cycle schedules this short gain nothing from a longer memory
     opt = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=1e-4)
     plan = torch.optim.lr_scheduler.OneCycleLR(opt, 2e-3, total_steps=steps, pct_start=0.05)
     first, began = 0, time.process_time()
@@ -149,13 +148,18 @@ def train_vae(
                     "step": step + 1,
                     "images_seen": (step + 1) * batch,
                     "cpu_s": round(time.process_time() - began, 1),
-                    "latent_rmse": round(float(F.mse_loss(posterior.mean, target).sqrt()), 4),
+                    "latent_rmse": round(float(F.mse_loss(posterior.mean.detach(), target).sqrt()), 4),
                     "psnr_db": round(psnr(vae, held_out[0]), 2),
                     "map_psnr_db": round(psnr(vae, held_out[1]), 2),
                 }
             )
             vae.train()
             state = {"vae": vae.state_dict(), "opt": opt.state_dict(), "plan": plan.state_dict()}
-            torch.save({**state, "step": step + 1, "cpu_s": time.process_time() - began}, checkpoint.with_suffix(".tmp"))
-            checkpoint.with_suffix(".tmp").replace(checkpoint)
+            save_atomically({**state, "step": step + 1, "cpu_s": time.process_time() - began}, checkpoint)
     return vae.eval()
+
+
+def save_atomically(state: dict, file: Path) -> None:
+    """torch.save beside the target, then rename: a killed run leaves the old file whole."""
+    torch.save(state, file.with_suffix(".tmp"))
+    file.with_suffix(".tmp").replace(file)

@@ -71,7 +71,7 @@ def test_declarations_are_complete(cell):
 def test_identity_at_the_start(cell):
     adapter, backbone, batch = cell
     difference = (controlled(adapter, backbone, batch) - alone(adapter, backbone, batch)).abs().max()
-    assert (float(difference) <= 1e-5) == adapter.identity_at_init
+    assert (float(difference.detach()) <= 1e-5) == adapter.identity_at_init
 
 
 def test_scale_zero_is_the_backbone_even_when_trained(cell):
@@ -132,7 +132,7 @@ def test_state_holds_no_backbone_tensor(cell):
     adapter, backbone, _ = cell
     frozen = {t.data_ptr() for t in backbone.net.state_dict().values()}
     assert not frozen & {t.data_ptr() for t in adapter.state_dict().values()}
-    assert not any("_frozen" in name or "net." in name for name in adapter.state_dict())
+    assert not any(name.startswith(("_frozen", "backbone", "net")) for name in adapter.state_dict())
 
 
 def test_a_few_steps_lower_the_loss(cell):
@@ -157,5 +157,5 @@ def test_checkpointing_changes_memory_not_the_result(cell):
         adapter.checkpointing = on
         adapter.zero_grad()
         adapter.losses(batch).mean().backward()
-        gradients.append([p.grad.clone() for p in adapter.parameters()])
+        gradients.append([p.grad.clone() for p in adapter.parameters() if p.requires_grad])
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients, strict=True))

@@ -1,0 +1,209 @@
+"""The entries as a person runs them: every experiment, every README command, what a run leaves behind."""
+
+import json
+import re
+import shlex
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from src.config import CONF, load
+from src.results import read_results, read_rows
+from tests.conftest import QUICK, ROOT, run_entry, run_folder
+from tests.contract.registry import options
+from tests.wandb_reader import finished_run
+
+EXPERIMENTS = options("experiment")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, cache_dir):
+    """A quick run of the main experiment with a control arm and W&B offline, through the real entry."""
+    out = tmp_path_factory.mktemp("runs")
+    speak = ["control_arm=true", "logger=wandb", "logger.group=tests", "tags=[quick]", f"output_dir={out}", f"cache_dir={cache_dir}"]
+    done = run_entry("train", "+experiment=unicon_sd3_canny", *QUICK, *speak)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done, run_folder(done)
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_composes_and_says_its_command(experiment):
+    text = (CONF / "experiment" / f"{experiment}.yaml").read_text()
+    assert text.startswith("# @package _global_")
+    assert f"+experiment={experiment}" in text.splitlines()[1]
+    assert re.search(r"^# reaches: .*\d", text, re.MULTILINE), "the number that it reached is missing"
+    load("train", [f"+experiment={experiment}"])
+
+
+@pytest.mark.parametrize("experiment", [e for e in EXPERIMENTS if e != "unicon_sd3_canny"])
+def test_every_experiment_runs(experiment, tmp_path, cache_dir):
+    done = run_entry("train", f"+experiment={experiment}", *QUICK, f"output_dir={tmp_path}", f"cache_dir={cache_dir}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert read_results(run_folder(done) / "results.json").experiment == experiment
+
+
+@pytest.mark.parametrize("group", sorted(p.name for p in CONF.iterdir() if p.is_dir() and p.name not in ("experiment", "hydra", "shared")))
+def test_every_option_of_every_group_composes(group):
+    for option in options(group):
+        more = {"folder": ["data.path=."], "adamw8bit": []}.get(option, [])
+        if option == "adamw8bit":
+            pytest.importorskip("bitsandbytes")
+        assert load("train", [f"{group}={option}", *more])
+
+
+def test_the_run_says_what_a_person_wants_to_know(finished):
+    out = finished[0].stdout
+    for words in ("frozen 3.5", "trainable 3.6", "estimated peak", "validation at 64 images", "next: python -m src.sample"):
+        assert words in out, words
+    assert out.strip().splitlines()[-1] == f"run: {finished[1]}"
+
+
+def test_results_hold_every_arm_with_its_interval(finished):
+    result = read_results(finished[1] / "results.json")
+    arms = ("wrong_condition", "no_condition", "zero_condition", "no_control_arm")
+    for metric in ("canny_f1", "canny_ssim"):
+        for name in (metric, *(f"{metric}/{a}" for a in arms), *(f"{metric}/gain_over_{a}" for a in arms)):
+            assert result.metrics[name]["n"] == 8
+            low, high = result.metrics[name]["ci95"]
+            assert low <= result.metrics[name]["value"] <= high
+    assert result.metrics["canny_f1/autoencoder_ceiling"]["value"] > 0.85
+    assert (result.experiment, result.adapter, result.task) == ("unicon_sd3_canny", "unicon", "canny")
+    assert (result.images_seen, result.effective_batch, result.seed) == (64, 16, 0)
+    assert result.command.startswith("python -m src.train +experiment=unicon_sd3_canny")
+    assert set(result.trainable_parts_m) == {"copies", "connectors", "stem", "head"}
+    assert result.step_time_ms > 0
+    assert result.peak_mem_gib > 0
+
+
+def test_the_gain_is_the_paired_difference(finished):
+    result = read_results(finished[1] / "results.json").metrics
+    gap = result["canny_f1"]["value"] - result["canny_f1/no_condition"]["value"]
+    assert result["canny_f1/gain_over_no_condition"]["value"] == pytest.approx(gap, abs=1e-9)
+
+
+def test_the_checkpoint_holds_the_adapter_and_nothing_else(finished, sd3_tiny):
+    folder = next((finished[1] / "checkpoints").glob("images-*"))
+    frozen = sd3_tiny.net.state_dict()
+    for name in ("adapter.safetensors", "adapter_ema.safetensors"):
+        weights = load_file(folder / name)
+        assert {k.split(".")[0] for k in weights} == {"stem", "copies", "connectors", "head"}
+        assert sum(t.numel() for t in weights.values()) < 3.7e6
+    state = torch.load(folder / "state.pt", weights_only=True)
+    assert "state_dict" not in state
+    moments = [t for s in state["optimizer_states"][0]["state"].values() for t in s.values()]
+    assert sum(t.numel() for t in moments) < 2.1 * 3.7e6
+    meta = json.loads((folder / "meta.json").read_text())
+    assert meta["backbone_hash"] == sd3_tiny.weight_hash()  # the backbone is as it was before training
+    assert len(frozen) > 100
+
+
+def test_metrics_are_on_disk_with_units_and_images(finished):
+    rows = read_rows(finished[1] / "metrics.jsonl")
+    last = {k: v for row in rows for k, v in row.items()}
+    for name in ("train/img_per_s", "train/step_time_ms", "train/peak_mem_gib", "train/lr", "val/loss", "val/canny_f1/wrong_condition"):
+        assert np.isfinite(last[name]), name
+    assert all("images_seen" in row for row in rows)
+    assert (finished[1] / "metrics.csv").exists()
+
+
+def test_pictures_are_there_and_not_empty(finished):
+    for name in ("curves.png", "grids/images-000000064.png", "examples/condition-0.png"):
+        with Image.open(finished[1] / name) as picture:
+            assert np.asarray(picture.convert("RGB")).std() > 5, name
+
+
+def test_the_offline_wandb_run_holds_what_was_logged(finished):
+    file = next((finished[1] / "wandb").glob("offline-run-*/run-*.wandb"))
+    run = finished_run(file)
+    assert run.group == "tests"
+    assert "quick" in run.tags
+    keys = {k for row in run.history for k in row}
+    assert {"train/loss", "val/canny_f1", "images_seen", "val/grid"} <= keys
+    assert any("val/samples" in k for k in keys)
+    assert run.config["adapter"]["name"] == "unicon"
+    assert "git_sha" in run.config["facts"]
+
+
+def test_sample_draws_what_validation_drew(finished, tmp_path):
+    """The same condition, prompt and noise as row 0 of the validation grid: the same picture, whichever entry drew it."""
+    run = finished[1]
+    prompt = (run / "examples" / "condition-0.txt").read_text().strip()
+    condition, out = run / "examples" / "condition-0.png", tmp_path / "one.png"
+    overrides = [f"run={run}", f"prompt='{prompt}'", f"condition={condition}", f"out={out}", "steps=2", "hardware=cpu"]
+    done = run_entry("sample", *overrides)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"2 steps in [\d.]+ s, [\d.]+ GiB", done.stdout)
+    drawn, seen = (np.asarray(Image.open(f)).astype(int) for f in (out, run / "grids" / "cells-000000064" / "0-3.png"))
+    assert np.abs(drawn - seen).max() <= 2  # captions are cached in 16 bits
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"run": "nowhere"}, "no config.yaml there"),
+        ({"condition": "nowhere.png"}, "no such file"),
+        ({"prompt": None}, "prompt"),
+    ],
+)
+def test_sample_refusals_are_one_line(finished, change, said):
+    given = {"run": finished[1], "prompt": "a ball", "condition": finished[1] / "examples" / "condition-0.png"} | change
+    done = run_entry("sample", *(f"{k}={v}" for k, v in given.items() if v is not None))
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_finished_run_is_not_run_again(finished):
+    done = run_entry("train", f"resume={finished[1]}")
+    assert done.returncode == 0
+    assert "already finished" in done.stdout
+
+
+# ---- the documents ----------------------------------------------------------------------------------------------------
+
+
+def commands_of(document: str) -> list[str]:
+    """Lines of shell blocks, with continued lines joined and comments dropped."""
+    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [" ".join(shlex.split(line, comments=True)) for line in lines if line.strip() and not line.startswith("#")]
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
+def test_every_command_of_the_documents_works(document, finished, tmp_path, cache_dir, monkeypatch):
+    """Train commands run as quick tries where their backbone is here, and are composed and checked where it is not;
+    the others run as they stand, with the placeholders of the text filled in."""
+    targets = re.findall(r"^([a-z-]+):.*##", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for command in commands_of(document):
+        words = command.split()
+        if words[0] == "make":
+            assert all(w in targets for w in words[1:] if "=" not in w), command
+        elif words[:3] == ["python", "-m", "src.train"]:
+            overrides = shlex.split(command)[3:]
+            if any(f"backbone={big}" in overrides for big in ("sd3_medium", "sd3_5_medium", "sd3_5_large")):
+                monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+                load("train", [o for o in overrides if not o.startswith(("-", "resume="))])
+            elif not any(o.startswith(("resume=", "--")) for o in overrides):
+                load("train", overrides)
+        elif words[:3] == ["python", "-m", "src.sample"]:
+            assert {w.split("=")[0] for w in shlex.split(command)[3:] if "=" in w} <= set(load_keys("sample"))
+        elif words[:3] == ["python", "-m", "src.prepare"]:
+            load("prepare", shlex.split(command)[3:])
+        else:
+            assert words[0] in ("git", "cd", "wandb", "pre-commit", "hf"), command
+
+
+def load_keys(entry: str) -> list[str]:
+    from src.config import SCHEMAS
+
+    return list(SCHEMAS[entry].__dataclass_fields__)
+
+
+def test_readme_is_short_and_its_files_exist():
+    text = (ROOT / "README.md").read_text()
+    assert text.count("\n") < 200
+    for target in re.findall(r"\]\(((?!https?:)[^)#]+)\)", text):
+        assert (ROOT / target).exists(), target
