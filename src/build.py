@@ -160,6 +160,12 @@ def load_sampler(cfg: DictConfig, checkpoint: Path) -> Sampler:
     return Sampler(backbone, backbone.load_codec(device), instantiate(cfg.task), adapter.to(device).eval())
 
 
+def compile_blocks(backbone: Backbone, adapter: ControlAdapter) -> None:
+    """torch.compile, in place, of every block that runs: names in the state dictionary stay as they are."""
+    for block in [*backbone.steps(), *(m for part in adapter.parts().values() for m in part.children())]:
+        block.compile()
+
+
 def total_images(cfg: DictConfig) -> int:
     """The budget in whole optimizer steps."""
     return cfg.budget.images // cfg.budget.effective_batch * cfg.budget.effective_batch

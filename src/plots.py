@@ -87,7 +87,7 @@ def plot_grid(
     font = ImageFont.load_default(size=12)
     height = scale * max((cell.shape[0] for row in rows for cell in row if cell is not None), default=1)
     width = scale * max((cell.shape[1] for row in rows for cell in row if cell is not None), default=1)
-    left = MARGIN + (150 if row_titles else 0)
+    left = MARGIN + (165 if row_titles else 0)
     heads = [_wrapped(title, width, font) for title in column_titles]
     top = MARGIN + LINE * max((len(head) for head in heads), default=0) + CELL_GAP
     size = (left + len(column_titles) * (width + CELL_GAP) + MARGIN, top + len(rows) * (height + CELL_GAP) + MARGIN)

@@ -1,6 +1,5 @@
 """`results.json`: what one run found and under which conditions. `report` joins these files and reads nothing else."""
 
-import hashlib
 import importlib.metadata
 import json
 import math
@@ -275,11 +274,6 @@ def _short_path(match: re.Match) -> str:
         if path.is_relative_to(base) and base != Path("/"):
             return prefix + path.relative_to(base).as_posix()
     return f".../{path.name}"
-
-
-def config_sha(config: Mapping[str, Any]) -> str:
-    """16 hex digits of a resolved config; the order of keys does not matter."""
-    return hashlib.sha256(json.dumps(plain(config), sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def hide_secrets(value: Any, name: str = "") -> Any:

@@ -63,10 +63,11 @@ def draw(cfg: DictConfig, trained: DictConfig, model: "build.Sampler", condition
     noise = rng.normal(cfg.seed, "eval-noise", [0], (backbone.facts.latent_channels, side, side)).to(device)
 
     def predict(x, t, text, features):
-        return adapter.predict(backbone, x, t, text, features, cfg.scale)
+        with adapter.autocast():
+            return adapter.predict(backbone, x, t, text, features, cfg.scale)
 
     began = time.perf_counter()
-    with torch.no_grad():
+    with torch.no_grad(), adapter.autocast():
         features = adapter.encode_condition(condition_tensor(shown[None], adapter.condition_space, model.codec).to(device))
     latent = euler_flow(predict, noise, flow_levels(backbone.scheduler(), cfg.steps), text, empty, features, cfg.guidance)
     picture = to_bytes(model.codec.decode(latent))[0]

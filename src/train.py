@@ -47,6 +47,8 @@ def main(cfg: DictConfig) -> None:
 def train(cfg: DictConfig, typed: list[str], experiment: str | None = None) -> Path:
     """One run, from a checked configuration to results.json. -> its folder. Raises Preempted once it has saved itself."""
     cfg = resolve_hardware(cfg)
+    if cfg.hardware.devices != 1:
+        raise UserError(f"hardware.devices={cfg.hardware.devices}: one device trains a run; write hardware.devices=1")
     torch.set_num_threads(cfg.hardware.threads)
     build.quiet()
     made = build.plan(cfg)
@@ -79,6 +81,8 @@ def train_once(run: Run, world: build.World, arm: str = "") -> dict:
         return json.loads((folder / "outcome.json").read_text())
     folder.mkdir(exist_ok=True)
     adapter = build.new_adapter(cfg, world.backbone)
+    if cfg.hardware.compile:
+        build.compile_blocks(world.backbone, adapter)
     facts = announce(cfg, world, adapter, arm)
     config = OmegaConf.to_container(cfg, resolve=True)
     name = "-".join([cfg.name, run.folder.name, *([arm] if arm else [])])

@@ -226,7 +226,7 @@ WRONG_FILES = [
     ("adapter/unicon.yaml", "copy: full", "copy: ful", [], "adapter.copy=ful should be full | decoder"),
     (
         "optimizer/adamw.yaml",
-        "lr: 1e-3",
+        "lr: 2.0e-3",
         "learning_rate: 1e-3",
         [],
         "optimizer.algorithm.learning_rate=0.001 is no argument of",

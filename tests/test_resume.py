@@ -162,3 +162,18 @@ def test_sigterm_saves_and_exits_143_and_auto_finds_it(tmp_path, cache_dir):
     assert again.value.folder == folder
     assert [r[0] for r in rows(folder)] == list(range(8, images + 17, 8))
     assert OmegaConf.load(folder / "config.yaml").budget.images == 4000
+
+
+def test_sixteen_bits_run_from_end_to_end(tmp_path, cache_dir):
+    """Frozen weights in bfloat16, the adapter in float32 under autocast; validation samples in the same precision."""
+    folder = go(tmp_path, cache_dir, "budget.images=16", "hardware=cpu", "hardware.precision=bf16-mixed", "hardware.workers=0")
+    assert all(t.dtype == torch.float32 for t in weights(folder).values())
+    assert json.loads((folder / "results.json").read_text())["precision"] == "bf16-mixed"
+
+
+@pytest.mark.slow
+def test_compiled_blocks_learn_the_same(tmp_path, cache_dir):
+    plain, compiled = (go(tmp_path / str(on), cache_dir, "budget.images=24", f"hardware.compile={on}") for on in (False, True))
+    losses = [[r[1] for r in rows(f)] for f in (plain, compiled)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert weights(plain).keys() == weights(compiled).keys()

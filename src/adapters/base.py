@@ -5,6 +5,7 @@ A subclass builds its modules and writes `encode_condition` and `predict`; every
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -110,6 +111,11 @@ class ControlAdapter(pl.LightningModule):
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         return batch.to(device)
+
+    def autocast(self) -> AbstractContextManager:
+        """The precision of training for whoever calls the adapter outside of it: that of the backbone's weights."""
+        dtype = next(self.backbone.net.parameters()).dtype
+        return nullcontext() if dtype == torch.float32 else torch.autocast(self.device.type, dtype)
 
     def setup(self, stage: str) -> None:
         if self.backbone.net is not None:

@@ -60,7 +60,7 @@ class Backbone(nn.Module, ABC):
         """The state after the last step -> (B, C, H, W), through the frozen head or a copy from `copy_head`."""
 
     @abstractmethod
-    def _steps(self) -> nn.ModuleList:
+    def steps(self) -> nn.ModuleList:
         """The K modules that `run` takes one at a time."""
 
     @abstractmethod
@@ -86,7 +86,7 @@ class Backbone(nn.Module, ABC):
     def copy_steps(self, indices: list[int]) -> nn.ModuleList:
         """Trainable float32 deep copies of steps. Modules are copied, never rebuilt from a configuration: `from_config`
         would write into the backbone's own and get the last block wrong."""
-        copies = _trainable(nn.ModuleList(self._steps()[i] for i in indices))
+        copies = _trainable(nn.ModuleList(self.steps()[i] for i in indices))
         for copied in copies:
             for dead in self._dead_parts(copied):
                 dead.requires_grad_(False)

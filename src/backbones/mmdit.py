@@ -121,7 +121,7 @@ class SD3(Backbone):
         x_BhwppC = x_BTQ.reshape(len(x_BTQ), h, w, p, p, c)
         return torch.einsum("nhwpqc->nchpwq", x_BhwppC).reshape(len(x_BTQ), c, h * p, w * p)
 
-    def _steps(self) -> nn.ModuleList:
+    def steps(self) -> nn.ModuleList:
         return self.net.transformer_blocks
 
     def _dead_parts(self, step: nn.Module) -> list[nn.Module]:

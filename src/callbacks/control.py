@@ -89,7 +89,8 @@ class ControlValidation(StepCallback):
         losses = []
         for batch in self.run.data.val_dataloader():
             pause()
-            losses.append(adapter.losses(batch.to(adapter.device)).cpu())
+            with adapter.autocast():
+                losses.append(adapter.losses(batch.to(adapter.device)).cpu())
         return torch.cat(losses).double().numpy()
 
     def _pictures(self, adapter: pl.LightningModule, arm: str, rows: list[int], pause) -> np.ndarray:

@@ -36,7 +36,7 @@ def test_facts_describe_the_network(backbone, state_inputs):
         state = backbone.begin(x, t, text)
     assert state.x.shape[-1] == facts.width
     assert text.tokens_BLD.shape[1:] == (facts.text_tokens, facts.text_width)
-    assert len(backbone._steps()) == facts.depth
+    assert len(backbone.steps()) == facts.depth
     assert facts.multiple % facts.factor == 0
 
 
