@@ -25,7 +25,7 @@ from src.config import (
     resolve_hardware,
     science_diff,
 )
-from src.config_checks import check_unknown, check_values, fits, hint_name, resolve
+from src.config.checks import check_unknown, check_values, fits, hint_name, resolve
 from src.types import UserError
 
 SAMPLE = ["run=runs/x", "prompt=a ball", "condition=edges.png"]

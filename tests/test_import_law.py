@@ -12,7 +12,7 @@ ROWS = [
     {"sampling", "checkpoint", "profiling", "metrics"},
     {"adapters"},
     {
-        "callbacks", "config", "config_checks", "config_compose", "config_rules", "build", "control_score", "embedded",
+        "callbacks", "config", "build", "control_score", "embedded",
         "loggers", "plots", "results", "runs",
     },
     {"train", "evaluate", "sample", "bench", "prepare", "report"},

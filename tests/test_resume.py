@@ -177,3 +177,25 @@ def test_compiled_blocks_learn_the_same(tmp_path, cache_dir):
     losses = [[r[1] for r in rows(f)] for f in (plain, compiled)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert weights(plain).keys() == weights(compiled).keys()
+
+
+def test_a_signal_in_the_last_validation_loses_nothing(tmp_path, cache_dir, monkeypatch):
+    from src.callbacks import control
+
+    straight = go(tmp_path / "a", cache_dir)
+    calls, original = [], control.sample_arm
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args)
+
+    monkeypatch.setattr(control, "sample_arm", interrupted)
+    first = go(tmp_path / "b", cache_dir)
+    assert not (first / "outcome.json").exists()
+    assert sorted((first / "checkpoints").glob("images-*"))[-1].name == "images-000000160"
+    resume(first, cache_dir)
+    scores = [json.loads((f / "outcome.json").read_text())["scores"] for f in (straight, first)]
+    assert scores[0] == scores[1]
+    assert equal(weights(first), weights(straight))

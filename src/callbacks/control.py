@@ -40,6 +40,10 @@ class ControlValidation(StepCallback):
     def on_step(self, trainer: pl.Trainer, adapter: pl.LightningModule, images_seen: int) -> None:
         self._maybe(trainer, adapter, images_seen)
 
+    def on_fit_end(self, trainer: pl.Trainer, adapter: pl.LightningModule) -> None:
+        # a run that was stopped in its last validation has no step left to train, and the trainer starts none
+        self._maybe(trainer, adapter, trainer.global_step * self.run.effective_batch)
+
     def _maybe(self, trainer: pl.Trainer, adapter: pl.LightningModule, images_seen: int) -> None:
         every, batch = self.run.validation["every_images"], self.run.effective_batch
         last = images_seen >= self.run.total_images

@@ -96,7 +96,7 @@ def locate(target: Any, key: str, where: Where) -> Any:
             raise ConfigError(key_is(place, f"{key}._target_", target, f"needs a package: pip install {exc.name}")) from exc
         if exc.name and "." not in exc.name and exc.name != "src":
             raise Incompatible(key_is(place, f"{key}._target_", target, f"is not here: pip install {exc.name}")) from exc
-        folder = Path(__file__).parents[1].joinpath(*module.split(".")[:-1])
+        folder = Path(__file__).parents[2].joinpath(*module.split(".")[:-1])
         known = [f"{module.rpartition('.')[0]}.{p.stem}.{name}" for p in folder.glob("[a-z]*.py")]
         raise ConfigError(key_is(place, f"{key}._target_", target, f"does not exist{nearest(str(target), known)}")) from exc
     except ValueError:

@@ -21,9 +21,9 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import MISSING, DictConfig, open_dict
 
-from src.config_checks import ConfigError, Incompatible, Where, check_unknown, check_values, resolve
-from src.config_compose import COMMAND_LINE, CONF, Request, compose
-from src.config_rules import NOT_SCIENCE, accumulation, check_together, config_sha, resolve_hardware, science_diff
+from src.config.checks import ConfigError, Incompatible, Where, check_unknown, check_values, resolve
+from src.config.compose import COMMAND_LINE, CONF, Request, compose
+from src.config.rules import NOT_SCIENCE, accumulation, check_together, config_sha, resolve_hardware, science_diff
 from src.types import UserError
 
 __all__ = ["CONF", "NOT_SCIENCE", "ConfigError", "Incompatible", "PrepareConfig", "SampleConfig", "TrainConfig"]

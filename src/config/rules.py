@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from omegaconf import MISSING, DictConfig, OmegaConf, open_dict
 
-from src.config_checks import ConfigError, Incompatible, Where
-from src.config_compose import COMMAND_LINE, CONF
+from src.config.checks import ConfigError, Incompatible, Where
+from src.config.compose import COMMAND_LINE, CONF
 
 GIB = 2**30
 MULTIPLES = {"src.backbones.mmdit.": 16}  # pixels: autoencoder factor 8 x patch 2

@@ -25,9 +25,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from src.config_checks import ConfigError, hint_name, key_is, legal_keys, nearest, nearest_key
+from src.config.checks import ConfigError, hint_name, key_is, legal_keys, nearest, nearest_key
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CONF = ROOT / "conf"
 COMMAND_LINE = "command line"
 
