@@ -196,6 +196,7 @@ def run_context(cfg: DictConfig, world: World, root: Path, folder: Path, loggers
         effective_batch=cfg.budget.effective_batch,
         total_images=total,
         stop_at_images=cfg.budget.stop_at_images,
+        with_condition=with_condition,
         data=data,
         held=world.held,
         validation=dict(cfg.validation),
@@ -208,6 +209,9 @@ def run_context(cfg: DictConfig, world: World, root: Path, folder: Path, loggers
 def callbacks(cfg: DictConfig, run: RunContext) -> list[pl.Callback]:
     """The configured callbacks in the order in which they must act."""
     named = {name: node for name, node in cfg.callbacks.items() if node}
+    missing = [name for name in CALLBACK_ORDER if name not in named and name != "progress"]
+    if missing:
+        raise UserError(f"callbacks {missing} are missing: a run cannot do without; ema_decay=0 switches the average off")
     ordered = [n for n in CALLBACK_ORDER if n in named] + [n for n in named if n not in CALLBACK_ORDER]
     return [instantiate(named[name], _partial_=True)(run=run) for name in ordered]
 

@@ -16,6 +16,7 @@ class RunContext:
 
     root: the run's own folder; folder: the same, or an arm's below it;
     meta: identity for checkpoints (adapter, backbone, backbone_hash, config_sha); loggers: see `src.loggers`;
+    with_condition: False in a no-control arm, which is shown black pictures only;
     validation: how often and how much; stop_requested: name of the signal that asked for an end, if any.
     """
 
@@ -24,6 +25,7 @@ class RunContext:
     effective_batch: int
     total_images: int
     stop_at_images: int | None
+    with_condition: bool
     data: ControlData
     held: HeldOut
     validation: dict

@@ -10,7 +10,7 @@ from PIL import Image
 from src.callbacks.base import RunContext, StepCallback
 from src.callbacks.ema import AdapterEMA
 from src.callbacks.stopper import GracefulStop
-from src.control_score import ARMS, NONE, RIGHT, WRONG, named, sample_arm, score_rows, wrong_row
+from src.control_score import ARMS, NONE, RIGHT, WRONG, ZERO, named, sample_arm, score_rows, wrong_row
 from src.metrics.intervals import bootstrap_ci
 from src.plots import plot_grid
 
@@ -67,26 +67,29 @@ class ControlValidation(StepCallback):
                         raise InterruptedError
 
                 losses = self._losses(adapter, pause)
-                pictures = {arm: self._pictures(adapter, arm, rows, pause) for arm in ARMS}
+                arms = ARMS if self.run.with_condition else (ZERO,)
+                pictures = {arm: self._pictures(adapter, arm, rows, pause) for arm in arms}
         except InterruptedError:
             stopper.leave_if_asked(trainer, adapter)
         finally:
             adapter.train()
         scores = {arm: score_rows(self.run.held, rows, p) for arm, p in pictures.items()}
         flat = {named(m, arm): values for arm, by_metric in scores.items() for m, values in by_metric.items()}
-        self._note_control(scores, images_seen)
+        if self.run.with_condition:
+            self._note_control(scores, images_seen)
+            self._grid(pictures, rows, flat, images_seen)
         row = {"val/loss": float(losses.mean()), **{f"val/{k}": float(v.mean()) for k, v in flat.items()}}
         if self.images_to_control is not None:
             row["val/images_to_control"] = self.images_to_control
             row["val/steps_to_control"] = self.images_to_control // self.run.effective_batch
         self.run.log(row, images_seen)
-        self._grid(pictures, rows, flat, images_seen)
         first = next(iter(self.run.held.task.metrics))
-        said = ", ".join(f"{arm or 'right'} {scores[arm][first].mean():.3f}" for arm in ARMS)
+        said = ", ".join(f"{arm or 'right'} {scores[arm][first].mean():.3f}" for arm in scores)
         print(f"validation at {images_seen} images, n={len(rows)}: loss {losses.mean():.4f} | {first}: {said}", flush=True)
         if last:
             self.final_scores = flat | {"val_loss": losses}
-            self._write_examples()
+            if self.run.with_condition:
+                self._write_examples()
 
     @torch.no_grad()
     def _losses(self, adapter: pl.LightningModule, pause) -> np.ndarray:

@@ -1,0 +1,45 @@
+"""Numbers in documents are those of committed results."""
+
+import re
+
+import pytest
+
+from src.results import read_results
+from tests.conftest import ROOT
+
+RESULT = ROOT / "experiments" / "unicon_sd3_canny" / "results.json"
+ROWS = {
+    "right condition": "canny_f1",
+    "another scene's condition": "canny_f1/wrong_condition",
+    "condition set to black": "canny_f1/zero_condition",
+    "frozen backbone, no condition": "canny_f1/no_condition",
+    "no-control arm": "canny_f1/no_control_arm",
+    "ceiling": "canny_f1/autoencoder_ceiling",
+}
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_the_readme_states_the_committed_result(row):
+    metric = read_results(RESULT).metrics[ROWS[row]]
+    line = next(x for x in (ROOT / "README.md").read_text().splitlines() if x.startswith(f"| {row} |"))
+    numbers = [float(x) for x in re.findall(r"\d\.\d+", line)]
+    assert numbers == [round(x, 3) for x in (metric["value"], *metric["ci95"])]
+
+
+def test_the_committed_result_proves_control():
+    """At least 0.25 over every arm, with an interval, on 256 held-out images or more."""
+    result = read_results(RESULT)
+    for arm in ("wrong_condition", "no_condition", "no_control_arm"):
+        gain = result.metrics[f"canny_f1/gain_over_{arm}"]
+        assert gain["n"] >= 256
+        assert gain["ci95"][0] >= 0.25, arm
+
+
+def test_the_experiment_file_names_what_it_reached():
+    text = (ROOT / "conf" / "experiment" / "unicon_sd3_canny.yaml").read_text()
+    said = float(re.search(r"^# reaches: canny_f1 (0\.\d+)", text, re.MULTILINE).group(1))
+    assert said == round(read_results(RESULT).metrics["canny_f1"]["value"], 2)
+
+
+def test_the_committed_result_belongs_to_the_shipped_backbone(sd3_tiny):
+    assert read_results(RESULT).backbone["hash"] == sd3_tiny.weight_hash()
