@@ -142,21 +142,24 @@ def train_vae(
         opt.step()
         plan.step()
         if (step + 1) % 200 == 0 or step + 1 == steps:
-            vae.eval()
-            log(
-                {
-                    "step": step + 1,
-                    "images_seen": (step + 1) * batch,
-                    "cpu_s": round(time.process_time() - began, 1),
-                    "latent_rmse": round(float(F.mse_loss(posterior.mean.detach(), target).sqrt()), 4),
-                    "psnr_db": round(psnr(vae, held_out[0]), 2),
-                    "map_psnr_db": round(psnr(vae, held_out[1]), 2),
-                }
-            )
-            vae.train()
+            spent = time.process_time() - began
+            row = {"step": step + 1, "images_seen": (step + 1) * batch, "cpu_s": round(spent, 1)}
+            log(row | _quality(vae, posterior.mean.detach(), target, held_out))
             state = {"vae": vae.state_dict(), "opt": opt.state_dict(), "plan": plan.state_dict()}
-            save_atomically({**state, "step": step + 1, "cpu_s": time.process_time() - began}, checkpoint)
+            save_atomically({**state, "step": step + 1, "cpu_s": spent}, checkpoint)
     return vae.eval()
+
+
+def _quality(vae: AutoencoderKL, mean: Tensor, target: Tensor, held_out: tuple[np.ndarray, np.ndarray]) -> dict[str, float]:
+    """Error of the encoder on the present batch, and PSNR on held-out pictures and maps."""
+    vae.eval()
+    row = {
+        "latent_rmse": round(float(F.mse_loss(mean, target).sqrt()), 4),
+        "psnr_db": round(psnr(vae, held_out[0]), 2),
+        "map_psnr_db": round(psnr(vae, held_out[1]), 2),
+    }
+    vae.train()
+    return row
 
 
 def save_atomically(state: dict, file: Path) -> None:
