@@ -54,6 +54,12 @@ def draw(cfg: DictConfig, trained: DictConfig, model: "build.Sampler", condition
     """-> (H, W, 3) uint8 and the seconds from noise to picture (weights were loaded before)."""
     device, adapter, backbone = model.adapter.device, model.adapter, model.backbone
     shown = read_picture(condition_file, trained.resolution)
+    with Image.open(condition_file) as opened:
+        if opened.size != (trained.resolution, trained.resolution):
+            print(
+                f"{condition_file}: {opened.width} x {opened.height} pixels, scaled and cropped to {trained.resolution}",
+                flush=True,
+            )
     if cfg.condition_is_image:
         sample = Sample(id=condition_file.name, image=shown, caption=cfg.prompt)
         shown = model.task.make_condition(sample, np.random.default_rng(rng.key(trained.seed, "condition", cfg.seed)))

@@ -58,6 +58,7 @@ def train(cfg: DictConfig, typed: list[str], experiment: str | None = None) -> P
         print(f"already finished\nrun: {run.folder}", flush=True)
         return run.folder
     if run.resumed:
+        run.cfg = resolve_hardware(run.cfg)  # the machine may be another one now
         made = build.plan(run.cfg)
     began = time.monotonic()
     world = build.load_world(run.cfg, made)

@@ -145,6 +145,17 @@ def test_sample_draws_what_validation_drew(finished, tmp_path):
     assert np.abs(drawn - seen).max() <= 2  # captions are cached in 16 bits
 
 
+def test_sample_makes_the_condition_of_a_photo_and_says_that_it_was_cropped(finished, tmp_path):
+    run, photo = finished[1], tmp_path / "photo.png"
+    source = Image.open(run / "grids" / "cells-000000064" / "0-0.png")
+    source.resize((160, 128), Image.Resampling.BICUBIC).save(photo)
+    common = [f"run={run}", "prompt='a small blue cube, brown floor'", "steps=1", "hardware=cpu", "condition_is_image=true"]
+    done = run_entry("sample", *common, f"condition={photo}", f"out={tmp_path / 'one.png'}")
+    assert done.returncode == 0, done.stderr
+    assert "160 x 128 pixels, scaled and cropped to 64" in done.stdout
+    assert (tmp_path / "one.png").exists()
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
