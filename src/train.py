@@ -161,7 +161,7 @@ def summarise(context, adapter, callbacks: list) -> dict:
 
 def collect(cfg: DictConfig, world: build.World, outcome: dict, arm: dict | None, experiment: str | None) -> Result:
     """Join outcomes to the run's result: every arm with its interval, and the paired gain over each of them."""
-    metrics = {}
+    metrics, best = {}, ceiling(world)
     for name, (unit, better) in world.task.metrics.items():
         right = np.array(outcome["scores"][name])
         others = {a: np.array(outcome["scores"][named(name, a)]) for a in ARMS if a != RIGHT}
@@ -171,7 +171,7 @@ def collect(cfg: DictConfig, world: build.World, outcome: dict, arm: dict | None
         for a, values in others.items():
             metrics[f"{name}/{a}"] = metric(values, unit, better)
             metrics[f"{name}/gain_over_{a}"] = metric(right - values, unit, better)
-        metrics[f"{name}/autoencoder_ceiling"] = metric(ceiling(world)[name], unit, better)
+        metrics[f"{name}/autoencoder_ceiling"] = metric(best[name], unit, better)
     metrics["val_loss"] = metric(np.array(outcome["scores"]["val_loss"]), "mse", "lower")
     if outcome["images_to_control"] is not None:
         count = outcome["images_to_control"]
