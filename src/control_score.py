@@ -6,6 +6,7 @@ Arms: "" the right condition; "wrong_condition" another image's; "zero_condition
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from src.adapters.base import ControlAdapter
 from src.backbones.codec import Codec
 from src.data.datamodule import Stores
 from src.data.stores import to_bytes
-from src.sampling import euler_flow
+from src.sampling import denoise
 from src.tasks.base import Task
 
 RIGHT, WRONG, ZERO, NONE = "", "wrong_condition", "zero_condition", "no_condition"
@@ -27,7 +28,8 @@ SAMPLE_BATCH = 32
 class HeldOut:
     """The held-out images and everything that judging needs.
 
-    stores: cached rows; images, conditions: the same rows as pictures (N, H, W, 3) uint8; levels: of the solver.
+    stores: cached rows; images, conditions: the same rows as pictures (N, H, W, 3) uint8; solver: a diffusers scheduler;
+    steps: of the solver.
     """
 
     stores: Stores
@@ -35,7 +37,8 @@ class HeldOut:
     conditions: np.ndarray
     task: Task
     codec: Codec
-    levels: list[float]
+    solver: Any
+    steps: int
     guidance: float
     seed: int
 
@@ -79,7 +82,9 @@ def _batches(
             with adapter.autocast():
                 return adapter.predict(adapter.backbone, x, t, text, features, scale)
 
-        latents = euler_flow(predict, noise, held.levels, text, empty, features, held.guidance)
+        latents = denoise(
+            predict, noise, held.solver, adapter.backbone.objective, held.steps, text, empty, features, held.guidance
+        )
         yield to_bytes(held.codec.decode(latents))
 
 

@@ -19,7 +19,7 @@ from src.checkpoint import newest
 from src.config import cli, resolve_hardware
 from src.data.folder import read_picture
 from src.data.stores import condition_tensor, to_bytes
-from src.sampling import euler_flow, flow_levels
+from src.sampling import denoise, solver_for
 from src.types import Sample, UserError
 
 
@@ -75,7 +75,8 @@ def draw(cfg: DictConfig, trained: DictConfig, model: "build.Sampler", condition
     began = time.perf_counter()
     with torch.no_grad(), adapter.autocast():
         features = adapter.encode_condition(condition_tensor(shown[None], adapter.condition_space, model.codec).to(device))
-    latent = euler_flow(predict, noise, flow_levels(backbone.scheduler(), cfg.steps), text, empty, features, cfg.guidance)
+    solver = solver_for(backbone.objective, backbone.scheduler())
+    latent = denoise(predict, noise, solver, backbone.objective, cfg.steps, text, empty, features, cfg.guidance)
     picture = to_bytes(model.codec.decode(latent))[0]
     return picture, time.perf_counter() - began
 

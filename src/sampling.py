@@ -1,49 +1,70 @@
-"""Solver loops over predict(x, t): no knowledge of the model, the method or the task.
+"""The solver loop over predict(x, t): diffusers' schedulers, guidance; no knowledge of the model, the method or the task.
 
-Legend in `src.types`. A flow's velocity at noise level t moves x by (t_next - t) * velocity.
+Legend in `src.types`.
 """
 
 from collections.abc import Callable
-from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from src.types import TextCond
+from src.objectives import FlowMatching, Objective
+from src.types import Features, TextCond
 
-Predict = Callable[[Tensor, Tensor, TextCond, Tensor | None], Tensor]
+Predict = Callable[[Tensor, Tensor, TextCond, Features | None], Tensor]
 
 
-def flow_levels(scheduler, steps: int) -> list[float]:
-    """The noise levels of a diffusers flow scheduler for `steps` steps, ending in 0; its shift is respected."""
-    scheduler.set_timesteps(steps)
-    return [float(s) for s in scheduler.sigmas]
+def solver_for(objective: Objective, scheduler: Any) -> Any:
+    """The scheduler that pictures are drawn with, made from the model's own.
+
+    Flow models keep theirs (Euler). Diffusion models get DPM-Solver++ of second order (2211.01095) on their own noise
+    schedule: it is deterministic and needs few steps, and it is what PixArt-alpha ships with.
+    """
+    if isinstance(objective, FlowMatching):
+        return scheduler
+    from diffusers import DPMSolverMultistepScheduler
+
+    return DPMSolverMultistepScheduler.from_config(
+        scheduler.config, algorithm_type="dpmsolver++", solver_order=2, solver_type="midpoint", use_karras_sigmas=False
+    )
 
 
 @torch.no_grad()
-def euler_flow(
+def denoise(
     predict: Predict,
     noise_BCHW: Tensor,
-    levels: list[float],
+    scheduler: Any,
+    objective: Objective,
+    steps: int,
     text: TextCond,
     empty: TextCond,
-    features: Tensor | None,
+    features: Features | None,
     guidance: float,
 ) -> Tensor:
-    """Integrate from pure noise to a clean latent, (B, C, H, W).
+    """From pure noise to a clean latent, (B, C, H, W), in `steps` steps of a scheduler from `solver_for`.
 
-    predict(x, t, text, features) -> velocity; features: what control needs, per image, or None.
-    guidance: classifier-free scale; 1 skips the unconditional half. Control acts on both halves, as in
+    predict(x, t, text, features) -> what the objective's network predicts, t in [0, 1]; features: what control needs, per
+    image, or None. guidance: classifier-free scale; 1 skips the unconditional half. Control acts on both halves, as in
     diffusers' ControlNet pipelines.
     """
-    x, batch = noise_BCHW, len(noise_BCHW)
-    both = TextCond.cat([empty.expand(batch), text]) if guidance != 1 else text
-    twice = torch.cat([features, features]) if features is not None and guidance != 1 else features
-    for now, after in pairwise(levels):
-        inputs = torch.cat([x, x]) if guidance != 1 else x
-        v = predict(inputs, torch.full((len(inputs),), now, device=x.device), both, twice).float()
-        if guidance != 1:
-            free, told = v.chunk(2)
-            v = free + guidance * (told - free)
-        x = x + (after - now) * v
+    scheduler.set_timesteps(steps, device=noise_BCHW.device)
+    x, guided = noise_BCHW, guidance != 1  # the solvers of `solver_for` begin at unit noise
+    both = TextCond.cat([empty.expand(len(x)), text]) if guided else text
+    twice = double(features) if guided else features
+    for timestep in scheduler.timesteps:
+        inputs = torch.cat([x, x]) if guided else x
+        t_B = torch.full((len(inputs),), objective.from_model_time(float(timestep)), device=x.device)
+        said = predict(inputs, t_B, both, twice).float()
+        if guided:
+            free, told = said.chunk(2)
+            said = free + guidance * (told - free)
+        x = scheduler.step(said, timestep, x, return_dict=False)[0]
     return x
+
+
+def double(features: Features | None) -> Features | None:
+    """The same features for the unconditional and the conditional half of a guided batch."""
+    if features is None:
+        return None
+    return torch.cat([features, features]) if isinstance(features, Tensor) else tuple(torch.cat([f, f]) for f in features)

@@ -6,6 +6,7 @@ K steps of a backbone, 3HW pictures as float in [0, 1]. Latents outside a codec 
 t outside a backbone is float in [0, 1], and 1 is pure noise.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 ConditionSpace = Literal["latent", "pixel"]
+Features = Tensor | tuple[Tensor, ...]  # what an adapter computes from a condition: one tensor, or one per scale
 
 
 class UserError(Exception):
@@ -21,48 +23,74 @@ class UserError(Exception):
 
 @dataclass(frozen=True)
 class TextCond:
-    """Encoded captions. tokens_BLD: per-token states; pooled_BP: one vector per caption, where the backbone uses one."""
+    """Encoded captions. tokens_BLD: per-token states; pooled_BP: one vector per caption, where the backbone uses one;
+    mask_BL: 1 for a token that counts and 0 for padding, where the backbone masks."""
 
     tokens_BLD: Tensor
     pooled_BP: Tensor | None = None
+    mask_BL: Tensor | None = None
+
+    def fields(self) -> dict[str, Tensor]:
+        """The tensors that are there, by a short name: how caches store them."""
+        named = {"tokens": self.tokens_BLD, "pooled": self.pooled_BP, "mask": self.mask_BL}
+        return {name: x for name, x in named.items() if x is not None}
+
+    @staticmethod
+    def of(fields: dict[str, Tensor]) -> "TextCond":
+        """The inverse of `fields`."""
+        return TextCond(fields["tokens"], fields.get("pooled"), fields.get("mask"))
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> "TextCond":
+        """fn over every tensor that is there."""
+        return TextCond.of({name: fn(x) for name, x in self.fields().items()})
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> "TextCond":
         """Move, and cast if a dtype is given."""
-        return self._map(lambda x: x.to(device=device, dtype=dtype))
+        return self.map(lambda x: x.to(device=device, dtype=dtype))
 
     def __getitem__(self, rows: Any) -> "TextCond":
         """Select captions by index, slice or mask."""
-        return self._map(lambda x: x[rows])
+        return self.map(lambda x: x[rows])
 
     def expand(self, batch: int) -> "TextCond":
         """A single caption for `batch` images."""
-        return self._map(lambda x: x.expand(batch, *x.shape[1:]))
+        return self.map(lambda x: x.expand(batch, *x.shape[1:]))
+
+    def where(self, keep_B: Tensor, other: "TextCond") -> "TextCond":
+        """These captions where keep_B is true, the (single) other one elsewhere."""
+        theirs = other.fields()
+
+        def pick(name: str, x: Tensor) -> Tensor:
+            return torch.where(keep_B.view(-1, *[1] * (x.ndim - 1)), x, theirs[name].to(x.dtype))
+
+        return TextCond.of({name: pick(name, x) for name, x in self.fields().items()})
 
     def __len__(self) -> int:
         return len(self.tokens_BLD)
 
-    def _map(self, fn: Any) -> "TextCond":
-        return TextCond(fn(self.tokens_BLD), None if self.pooled_BP is None else fn(self.pooled_BP))
-
     @staticmethod
     def cat(parts: list["TextCond"]) -> "TextCond":
         """Put captions of equal token length behind each other."""
-        pooled = None if parts[0].pooled_BP is None else torch.cat([p.pooled_BP for p in parts])
-        return TextCond(torch.cat([p.tokens_BLD for p in parts]), pooled)
+        return TextCond.of({name: torch.cat([p.fields()[name] for p in parts]) for name in parts[0].fields()})
 
 
 @dataclass(frozen=True)
 class StreamState:
     """What travels from step to step of an unrolled backbone.
 
-    x: image features, (B, T, D) in a transformer; text: the text stream, None once the backbone has dropped it;
-    time: the conditioning vector of time and pooled text; grid: token rows and columns.
+    x: image features, (B, T, D) in a transformer and (B, D, H, W) in a U-Net; text: the text stream, None once the
+    backbone has dropped it; time: what modulates the steps; grid: rows and columns of the latent's tokens.
+    head_time: what modulates the head, where that differs; mask: additive attention bias (B, 1, L) of the text;
+    skips: features on their way from a U-Net's encoder to its decoder, the latest last.
     """
 
     x: Tensor
     text: Tensor | None
     time: Tensor
     grid: tuple[int, int]
+    head_time: Tensor | None = None
+    mask: Tensor | None = None
+    skips: tuple[Tensor, ...] = ()
 
     def with_(self, **changes: Any) -> "StreamState":
         """A copy with some fields replaced; states are never changed in place."""
@@ -73,8 +101,12 @@ class StreamState:
 class BackboneFacts:
     """One screen of facts about a backbone, read from its own configuration files.
 
-    multiple: legal resolutions are multiples of it (autoencoder factor x patch); factor: pixels per latent side;
-    text_tokens: L; text_width, pooled_width: D and P of `TextCond`; depth: K; width: D of the image stream.
+    family: mmdit, dit or unet; multiple: legal resolutions are multiples of it (autoencoder factor x patch or U-Net
+    downsampling); factor: pixels per latent side;
+    patch: latent side of a feature at step 0; depth: K; widths: D before step 0 and after each step, K + 1 numbers;
+    middle: the step at which the decoder begins, for the half-size copy (a transformer's second half, a U-Net's middle block);
+    text_tokens: L; text_width, pooled_width: D and P of `TextCond`; text_mask: whether it carries a mask.
+    levels: widths of a U-Net's levels; attends: which of them have attention.
     """
 
     family: str
@@ -82,13 +114,28 @@ class BackboneFacts:
     revision: str
     latent_channels: int
     factor: int
+    patch: int
     multiple: int
     depth: int
-    width: int
+    widths: tuple[int, ...]
+    middle: int
     text_tokens: int
     text_width: int
     pooled_width: int | None
+    text_mask: bool = False
+    levels: tuple[int, ...] = ()
+    attends: tuple[bool, ...] = ()
     licence_url: str | None = None
+
+    @property
+    def width(self) -> int:
+        """D of the first features, and of all of them in a transformer."""
+        return self.widths[0]
+
+    @property
+    def spatial(self) -> bool:
+        """Whether features are maps (B, D, H, W) and not tokens (B, T, D)."""
+        return self.family == "unet"
 
 
 @dataclass

@@ -7,11 +7,15 @@ network's own forward.
 
 import copy
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Container, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from src.backbones.codec import Codec, module_hash
+from src.backbones.source import ModelSource
 from src.objectives import Objective
 from src.types import BackboneFacts, StreamState, TextCond, UserError
 
@@ -19,37 +23,114 @@ from src.types import BackboneFacts, StreamState, TextCond, UserError
 class Backbone(nn.Module, ABC):
     """A frozen network (`net`, absent until `load`), with what is known about it before any weight is read.
 
+    name: short name for run folders; source, revision, licence_url: see `ModelSource`;
+    native_resolution: side in pixels that it was trained at; resolution: side in pixels of this run (None: native).
+
     The three heavy parts have lives of their own: the text encoders end when the caption cache is written, the codec
     stays for pictures, the network stays for training.
     """
+
+    NET: ClassVar[str]  # the network's folder in the diffusers layout
+    TEXT_PARTS: ClassVar[tuple[str, ...]]
 
     facts: BackboneFacts
     objective: Objective
     net: nn.Module | None
 
-    @abstractmethod
-    def load(self, device: torch.device, dtype: torch.dtype) -> "Backbone":
-        """Read the network's weights, freeze them, and return self."""
+    def __init__(
+        self,
+        name: str,
+        source: str,
+        native_resolution: int,
+        revision: str | None = None,
+        licence_url: str | None = None,
+        resolution: int | None = None,
+    ):
+        super().__init__()
+        self.name, self.native_resolution = name, native_resolution
+        self.model = ModelSource(source, revision, licence_url)
+        self.model.check((self.NET, "vae", "scheduler", *(p for p in self.TEXT_PARTS if p in ("text_encoder", "tokenizer"))))
+        self.facts = self._read_facts()
+        self.check_resolution(resolution or native_resolution)
+        self.objective = self._make_objective()
+        self.net, self._text = None, None
 
     @abstractmethod
+    def _read_facts(self) -> BackboneFacts:
+        """From the configuration files, without a weight."""
+
+    @abstractmethod
+    def _make_objective(self) -> Objective:
+        """What the network predicts, from its scheduler's configuration."""
+
+    @abstractmethod
+    def _load_text(self, folder: Path, device: torch.device) -> Callable[[list[str]], TextCond]:
+        """The text encoders of a model folder as a function of captions."""
+
+    def load(self, device: torch.device, dtype: torch.dtype) -> "Backbone":
+        """Read the network's weights, freeze them, and return self. A `random:` source gets random ones."""
+        if self.model.random:
+            with torch.device(device):
+                torch.manual_seed(0)
+                net = self.net_class().from_config(self.model.config(self.NET))
+            return self.attach(nn.Module.to(net, dtype))  # as in `hollow`
+        folder = self.model.fetch((self.NET,))
+        net = self.net_class().from_pretrained(folder, subfolder=self.NET, dtype=dtype, local_files_only=True)
+        return self.attach(net).to(device)
+
+    def net_class(self) -> type[nn.Module]:
+        """The diffusers class that the network's configuration names."""
+        import diffusers
+
+        return getattr(diffusers, self.model.config(self.NET)["_class_name"])
+
+    def hollow(self, dtype: torch.dtype) -> "Backbone":
+        """A twin with a frozen network on `meta`, built from the configuration; the original keeps its own."""
+        twin = copy.copy(self)
+        twin._modules = dict(self._modules)  # a shallow copy shares this table, and attaching would write into it
+        with torch.device("meta"):
+            net = self.net_class().from_config(self.model.config(self.NET))
+        return twin.attach(nn.Module.to(net, dtype))  # diffusers' own `to` warns about casts that `from_pretrained` does too
+
+    def attach(self, net: nn.Module) -> "Backbone":
+        """Use a network that is already in memory; returns self, frozen."""
+        self.net = net
+        return self.freeze()
+
     def load_codec(self, device: torch.device) -> Codec:
         """Read the autoencoder; always float32, since half precision overflows some of them."""
+        from diffusers import AutoencoderKL
 
-    @abstractmethod
+        folder = self.model.fetch(("vae",))
+        vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", dtype=torch.float32, local_files_only=True)
+        return Codec(vae).to(device)
+
+    def scheduler(self) -> Any:
+        """The model's own diffusers scheduler, of the class that its model_index.json names."""
+        import diffusers
+
+        kind = getattr(diffusers, self.model.config("")["scheduler"][1])
+        return kind.from_pretrained(self.model.fetch(("scheduler",)), subfolder="scheduler")
+
     def encode_text(self, captions: list[str], device: torch.device) -> TextCond:
-        """Captions -> (B, L, D) and (B, P) float32 on the CPU. Loads the text encoders on first use; see `drop_text`."""
+        """Captions -> `TextCond`, float32 on the CPU. Loads the text encoders on first use; see `drop_text`."""
+        if self._text is None:
+            self._text = self._load_text(self.model.fetch(self.TEXT_PARTS), device)
+        return self._text(captions)
 
-    @abstractmethod
     def text_key(self) -> str:
         """A string that changes when the text encoders' weights do, without loading them: part of the caption cache's key."""
+        revision = self.facts.revision
+        return self.model.part_hash(self.TEXT_PARTS) if revision == "local" else f"{self.facts.source}@{revision}"
 
-    @abstractmethod
     def drop_text(self) -> None:
         """Free the text encoders."""
+        self._text = None
 
     @abstractmethod
-    def begin(self, x_BCHW: Tensor, t_B: Tensor, text: TextCond) -> StreamState:
-        """Noisy latents, noise level in [0, 1] and captions -> the state before step 0."""
+    def begin(self, x_BCHW: Tensor, t_B: Tensor, text: TextCond, entry: nn.Module | None = None) -> StreamState:
+        """Noisy latents, noise level in [0, 1] and captions -> the state before step 0, through the frozen entry or a copy
+        from `copy_entry`."""
 
     @abstractmethod
     def run(self, step: int | nn.Module, state: StreamState) -> StreamState:
@@ -60,7 +141,7 @@ class Backbone(nn.Module, ABC):
         """The state after the last step -> (B, C, H, W), through the frozen head or a copy from `copy_head`."""
 
     @abstractmethod
-    def steps(self) -> nn.ModuleList:
+    def steps(self) -> Sequence[nn.Module]:
         """The K modules that `run` takes one at a time."""
 
     @abstractmethod
@@ -68,13 +149,27 @@ class Backbone(nn.Module, ABC):
         """The modules between the last step and the prediction."""
 
     @abstractmethod
+    def _entry(self) -> nn.Module:
+        """The modules before step 0: the latent's embedding, and those of time and text."""
+
+    @abstractmethod
     def _embed(self) -> nn.Module:
         """The convolution that turns latents (B, C, H, W) into the first features, without positions."""
 
-    def _dead_parts(self, step: nn.Module) -> list[nn.Module]:
-        """Modules of a step whose parameters cannot reach the output: frozen in copies, or distributed training would wait
-        for their gradients."""
+    def thrown_away(self, module: nn.Module, unread: Container[str]) -> list[str]:
+        """Names of a copied step's parameters whose gradient is always zero although autograd reaches them.
+
+        unread: names of its parameters that autograd does not reach.
+        """
         return []
+
+    def attention(self, step: int | nn.Module, state: StreamState) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (B, heads, T, D / heads) of a step's self-attention over the image stream.
+
+        Raises UserError where steps have none (U-Net).
+        """
+        facts = self.facts
+        raise UserError(f"connector=share_attn needs a transformer backbone; {facts.source} is of the family {facts.family}")
 
     def predict(self, x_BCHW: Tensor, t_B: Tensor, text: TextCond) -> Tensor:
         """The frozen network's own prediction, step by step."""
@@ -86,11 +181,15 @@ class Backbone(nn.Module, ABC):
     def copy_steps(self, indices: list[int]) -> nn.ModuleList:
         """Trainable float32 deep copies of steps. Modules are copied, never rebuilt from a configuration: `from_config`
         would write into the backbone's own and get the last block wrong."""
-        copies = _trainable(nn.ModuleList(self.steps()[i] for i in indices))
-        for copied in copies:
-            for dead in self._dead_parts(copied):
-                dead.requires_grad_(False)
-        return copies
+        return _trainable(nn.ModuleList(self.steps()[i] for i in indices))
+
+    def embed(self, x_BCHW: Tensor) -> Tensor:
+        """Latents -> the frozen network's first features, positions included."""
+        return self._entry()["pos_embed"](x_BCHW) if not self.facts.spatial else self._embed()(x_BCHW)
+
+    def copy_entry(self) -> nn.Module:
+        """A trainable float32 copy of the entry, for `begin(..., entry)`."""
+        return _trainable(self._entry())
 
     def copy_head(self) -> nn.Module:
         """A trainable float32 copy of the head, for `end(state, head)`."""
@@ -123,3 +222,15 @@ class Backbone(nn.Module, ABC):
 
 def _trainable(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module).float().requires_grad_(True).train()
+
+
+def split_heads(x_BTD: Tensor, heads: int) -> Tensor:
+    """(B, T, D) -> (B, heads, T, D / heads)."""
+    return x_BTD.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def unpatchify(x_BTQ: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
+    """Tokens of Q = patch * patch * C numbers -> (B, C, H, W), in the order of DiT."""
+    (h, w), p = grid, patch
+    x_BhwppC = x_BTQ.reshape(len(x_BTQ), h, w, p, p, -1)
+    return torch.einsum("nhwpqc->nchpwq", x_BhwppC).reshape(len(x_BTQ), -1, h * p, w * p)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from src.types import UserError
 
+SHAPES = Path(__file__).with_name("shapes.json")  # configurations of public models, as their config.json files have them
 EMBEDDED_ROOT = Path(__file__).resolve().parents[1] / "embedded" / "weights"
 
 
@@ -22,7 +23,8 @@ class SourceError(UserError):
 class ModelSource:
     """One diffusers model folder, wherever it is.
 
-    source: "embedded:<name>", a folder, or a hub id; revision: hub branch, tag or commit (None: main);
+    source: "embedded:<name>", a folder, a hub id, or "random:<name>" for a full-size shape with random weights, to measure
+    memory and speed with; revision: hub branch, tag or commit (None: main);
     licence_url: the page where a gated model's licence is accepted (None: not gated).
     """
 
@@ -31,9 +33,26 @@ class ModelSource:
     licence_url: str | None = None
 
     @property
+    def random(self) -> bool:
+        """Whether there are no weights to read, only a shape."""
+        return self.source.startswith("random:")
+
+    @property
+    def embedded(self) -> bool:
+        """Whether it ships with this project."""
+        return self.source.startswith("embedded:")
+
+    @cached_property
+    def _shape(self) -> dict[str, dict]:
+        shapes, name = json.loads(SHAPES.read_text()), self.source.removeprefix("random:")
+        if name not in shapes:
+            raise SourceError(f"backbone.source={self.source!r}: no such shape; there are {sorted(shapes)}")
+        return shapes[name]
+
+    @property
     def local_folder(self) -> Path | None:
         """The folder on this machine, or None for a hub id. Raises SourceError for a path that is not a folder."""
-        if self.source.startswith("embedded:"):
+        if self.embedded:
             name = self.source.removeprefix("embedded:")
             folder = EMBEDDED_ROOT / name
             if not folder.is_dir():
@@ -51,7 +70,9 @@ class ModelSource:
 
     def config(self, part: str) -> dict:
         """The JSON configuration of a part ("transformer", "vae", ...), or of the whole for part="" (model_index.json)."""
-        name = f"{part}/config.json" if part else "model_index.json"
+        if self.random:
+            return self._shape[part]
+        name = f"{part}/{part}_config.json" if part == "scheduler" else f"{part}/config.json" if part else "model_index.json"
         return json.loads(self._small_file(name).read_text())
 
     def check(self, parts: tuple[str, ...]) -> None:
@@ -62,13 +83,18 @@ class ModelSource:
                 raise SourceError(
                     f"{self.source}: model_index.json names no {part!r}; it holds {sorted(k for k in index if k[0] != '_')}"
                 )
-            if self.local_folder is not None and not (self.local_folder / part).is_dir():
+            if not self.random and self.local_folder is not None and not (self.local_folder / part).is_dir():
                 raise SourceError(
                     f"{self.source}: the folder {part}/ is missing, although model_index.json names it; copy the whole model"
                 )
 
     def fetch(self, parts: tuple[str, ...]) -> Path:
         """-> a folder on this machine that holds these parts; downloads them from the hub where they are not cached."""
+        if self.random:
+            raise SourceError(
+                f"{self.source} has random weights and no {', '.join(parts)}: it serves to measure memory and speed; "
+                "to train or sample, name a folder or a hub id in backbone.source"
+            )
         if self.local_folder is not None:
             return self.local_folder
         from huggingface_hub import snapshot_download
@@ -83,7 +109,9 @@ class ModelSource:
 
     @cached_property
     def resolved_revision(self) -> str:
-        """The hub commit, or "local" for a folder (whose content the weight hash identifies)."""
+        """The hub commit, or "local" for a folder (whose content the weight hash identifies), or "random"."""
+        if self.random:
+            return "random"
         if self.local_folder is not None:
             return "local"
         return self._small_file("model_index.json").parent.name  # the hub cache names a snapshot's folder by its commit

@@ -31,7 +31,7 @@ class Stores:
     zero_condition: Tensor
 
     def text_rows(self, rows: list[int]) -> TextCond:
-        return TextCond(self.text.rows("tokens", rows).float(), self.text.rows("pooled", rows).float())
+        return TextCond.of({name: self.text.rows(name, rows).float() for name in self.empty_text.fields()})
 
     def condition_rows(self, rows: list[int]) -> Tensor:
         """In the adapter's condition space, float32; pictures are stored as bytes."""
@@ -66,9 +66,7 @@ class ImageStream(Dataset):
         latents = self.stores.latents.rows("latents", rows)
         text = self.stores.text_rows(rows)
         dropped = rng.uniform(self.seed, f"{self.stream}-caption", positions) < self.caption_dropout
-        if dropped.any():
-            text.tokens_BLD[dropped] = self.stores.empty_text.tokens_BLD
-            text.pooled_BP[dropped] = self.stores.empty_text.pooled_BP
+        text = text.where(~dropped, self.stores.empty_text)
         zero = self.stores.zero_condition
         condition = self.stores.condition_rows(rows) if self.with_condition else zero.expand(len(rows), *zero.shape[1:])
         return Batch(

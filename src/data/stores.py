@@ -15,7 +15,7 @@ from src.data.cache import TensorStore, store_key
 from src.data.datamodule import Stores
 from src.data.source import Source
 from src.tasks.base import Task
-from src.types import ConditionSpace, Sample, TextCond
+from src.types import ConditionSpace, Sample
 
 
 class _Prepared(Dataset):
@@ -88,9 +88,8 @@ def build_stores(
             conditions.write(rows, {"condition": stored}, say)
     for rows in text.missing():
         cond = backbone.encode_text(captions[rows.start : rows.stop], device)
-        text.write(rows, {"tokens": cond.tokens_BLD.half(), "pooled": cond.pooled_BP.half()}, say)
-    empty = backbone.encode_text([""], device)
-    empty = TextCond(empty.tokens_BLD.half().float(), empty.pooled_BP.half().float())  # as a cached caption is read
+        text.write(rows, {name: x.half() for name, x in cond.fields().items()}, say)
+    empty = backbone.encode_text([""], device).map(lambda x: x.half().float())  # as a cached caption is read
     black = np.zeros((1, source.resolution, source.resolution, 3), np.uint8)
     return Stores(ids, captions, latents, text, conditions, empty, condition_tensor(black, space, codec))
 

@@ -8,7 +8,6 @@ workspaces of cuBLAS, cuDNN and attention kernels, rounding and gaps of the allo
 the text encoders, the autoencoder, and whatever validation needs.
 """
 
-import copy
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -97,36 +96,28 @@ def estimate_for(
     backbone.check_resolution(resolution)
     # the builder may seed and draw: whoever asks for an estimate must not get another training for it
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        hollow = without_data(backbone, LOW_PRECISION[precision] or torch.float32)
+        hollow = backbone.hollow(LOW_PRECISION[precision] or torch.float32)
         adapter = build_adapter(hollow)
         step = blank_batch(backbone.facts, adapter.condition_space, batch, resolution)
     return track_step(adapter, step, precision=precision, ema=ema, accumulates=accumulates, state_bytes=state_bytes)
-
-
-def without_data(backbone: Backbone, dtype: torch.dtype) -> Backbone:
-    """A twin of the backbone with a frozen network on `meta`, built from its configuration; the original keeps its own."""
-    import diffusers
-
-    config = backbone.model.config("transformer")
-    twin = copy.copy(backbone)
-    twin._modules = dict(backbone._modules)  # a shallow copy shares this table, and attaching would write into it
-    with torch.device("meta"):
-        net = getattr(diffusers, config["_class_name"]).from_config(config)
-    return twin.attach(nn.Module.to(net, dtype))  # diffusers' own `to` warns about casts that `from_pretrained` does too
 
 
 def blank_batch(facts: BackboneFacts, space: ConditionSpace, batch: int, resolution: int) -> Batch:
     """A micro-batch of the right shapes and of zeros, on torch's default device."""
     side = resolution // facts.factor
     latents = (batch, facts.latent_channels, side, side)
-    pooled = None if facts.pooled_width is None else torch.zeros(batch, facts.pooled_width)
+    text = {"tokens": torch.zeros(batch, facts.text_tokens, facts.text_width)}
+    if facts.pooled_width is not None:
+        text["pooled"] = torch.zeros(batch, facts.pooled_width)
+    if facts.text_mask:
+        text["mask"] = torch.ones(batch, facts.text_tokens)
     return Batch(
         index=list(range(batch)),
         ids=[""] * batch,
         latents_BCHW=torch.zeros(latents),
         noise_BCHW=torch.zeros(latents),
         uniform_B=torch.full((batch,), 0.5),
-        text=TextCond(torch.zeros(batch, facts.text_tokens, facts.text_width), pooled),
+        text=TextCond.of(text),
         condition=torch.zeros(latents if space == "latent" else (batch, 3, resolution, resolution)),
     )
 
