@@ -1,10 +1,13 @@
-"""Make the embedded backbone from nothing: `python -m src.prepare backbone=sd3_tiny`.
+"""Make an embedded backbone from nothing: `python -m src.prepare backbone=sd3_tiny`, pixart_tiny or sd21_tiny.
 
 world -> autoencoder beside diffusion model -> scene reader -> pipeline folder -> scores -> model card. Each stage reads its
 inputs from the cache folder and leaves its output there, so a killed run goes on where it stopped when started again.
 
-Files in the cache folder: prepare.json (whose work it is), world-*/, vae.pt and sd3.pt (to go on from), vae_out/ and
-sd3.pt.final (done), {vae,sd3,reader}.jsonl (curves).
+All of them hold the same autoencoder, so that their latents compare: sd3_tiny learns it, the others take it from the cache
+folder or from the shipped sd3_tiny, unless `vae_steps` asks for one of their own.
+
+Files in the cache folder: prepare.json (whose work it is), world-*/, vae.pt and <backbone>.pt (to go on from), vae_out/ and
+<backbone>.pt.final (done), {vae,<backbone>,reader}.jsonl (curves).
 """
 
 import json
@@ -28,6 +31,9 @@ from src.backbones.source import EMBEDDED_ROOT
 from src.config import cli
 from src.data.scenes import COLOURS, FLOORS, POSES, SHAPES, SIZES, sample_scene
 from src.embedded.card import draw_samples, write_card
+from src.embedded.claims import backbone_files
+from src.embedded.families import VAE_OWNER
+from src.embedded.plan import BASIS_PICTURES, backbone_recipe, claim_cache, family_of, out_folder, shared_vae, vae_steps
 from src.embedded.reader import (
     BATCH,
     FEATURES,
@@ -42,7 +48,7 @@ from src.embedded.reader import (
 )
 from src.embedded.reader import FOLDER as READER_FOLDER
 from src.embedded.score import score_backbone
-from src.embedded.sd3 import Recipe, TinySD3, assemble, train_sd3
+from src.embedded.training import train_backbone
 from src.embedded.vae import PatchBasis, fit_basis, to_signed, train_vae
 from src.embedded.world import World, load_world
 from src.results import environment, read_rows, write_atomic
@@ -50,26 +56,22 @@ from src.types import UserError
 
 TRAIN_WORLD, HELD_OUT_WORLD = 0, 1  # what `data=scenes` trains and validates on
 MAP_SCENES, HELD_OUT_MAP_SCENES, HELD_OUT = 6000, 300, 1000
-BASIS_PICTURES, VAE_BATCH = 4000, 24
+VAE_BATCH = 24
 SCORE_STEPS, SCORE_GUIDANCE = 20, 3.0
-CLAIM = ("seed", "world_images", "vae_steps", "backbone_steps")  # what the files in the cache folder depend on
 
 
 def main(cfg: DictConfig) -> None:
     """Run every stage that is not done yet."""
-    if cfg.backbone.name != "sd3_tiny":
-        raise UserError(
-            f"backbone={cfg.backbone.name} cannot be made here: only the embedded ones are trained from nothing (sd3_tiny); "
-            "others are downloaded when a training names them"
-        )
-    began = time.perf_counter()
+    recipe, shared, began = backbone_recipe(cfg), shared_vae(cfg), time.perf_counter()
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
     claim_cache(cfg)
+    cache = Path(cfg.cache_dir)
     say(f"world: {cfg.world_images} renders at {SIZE} px and {_held_out(cfg)} held-out ones")
     stage_world(cfg)
-    say(f"training: {cfg.vae_steps} steps of the autoencoder beside {cfg.backbone_steps} of the diffusion model")
-    say(f"curves: {Path(cfg.cache_dir) / 'vae.jsonl'}, {Path(cfg.cache_dir) / 'sd3.jsonl'}")
+    learned = f"{vae_steps(cfg)} steps, {cache / 'vae.jsonl'}"
+    say(f"autoencoder: {f'that of {shared.parent}' if shared else learned}")
+    say(f"diffusion model: {recipe.steps} steps, {cache / cfg.backbone.name}.jsonl")
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
         for job in [pool.submit(stage_vae, cfg), pool.submit(stage_backbone, cfg)]:
             job.result()
@@ -87,24 +89,6 @@ def main(cfg: DictConfig) -> None:
 
 def say(line: str) -> None:
     print(line, flush=True)
-
-
-def out_folder(cfg: DictConfig) -> Path:
-    """Where the pipeline goes; null in the configuration is the folder that ships with the project."""
-    return Path(cfg.out) if cfg.out else EMBEDDED_ROOT / cfg.backbone.name
-
-
-def claim_cache(cfg: DictConfig) -> None:
-    """Refuse a cache folder that holds a preparation with other settings, whose parts would be mixed with this one's."""
-    path, mine = Path(cfg.cache_dir) / "prepare.json", {key: cfg[key] for key in CLAIM}
-    theirs = json.loads(path.read_text()) if path.exists() else mine
-    other = [f"{key}={theirs.get(key)}, not {mine[key]}" for key in CLAIM if theirs.get(key) != mine[key]]
-    if other:
-        raise UserError(
-            f"{path} is of a preparation with {'; '.join(other)}: name another folder with cache_dir=<folder>, "
-            f"or delete prepare.json, vae.pt, vae.jsonl, vae_out, sd3.pt, sd3.jsonl and sd3.pt.final in {path.parent}"
-        )
-    write_atomic(path, (json.dumps(mine) + "\n").encode())
 
 
 def _held_out(cfg: DictConfig) -> int:
@@ -139,24 +123,24 @@ def _log_to(path: Path) -> Callable[[dict], None]:
 
 
 def stage_vae(cfg: DictConfig) -> None:
-    """Train the autoencoder -> vae_out/ (its `save_pretrained`)."""
+    """Train the autoencoder -> vae_out/ (its `save_pretrained`), unless it is there or taken over."""
     torch.set_num_threads(1)  # one thread each: two trainings that share all cores take longer than on one core each
     cache = Path(cfg.cache_dir)
-    if (cache / "vae_out").exists():
+    if (cache / "vae_out").exists() or shared_vae(cfg):
         return
     train, held = stage_world(cfg)
     check, log = (np.array(held.images[:128]), np.array(held.maps[:128])), _log_to(cache / "vae.jsonl")
     basis, resume = _basis(train), cache / "vae.pt"
-    vae = train_vae(train.images, train.maps, check, basis, cfg.vae_steps, VAE_BATCH, cfg.seed, log, resume)
+    vae = train_vae(train.images, train.maps, check, basis, vae_steps(cfg), VAE_BATCH, cfg.seed, log, resume)
     vae.save_pretrained(cache / "vae_out.part")
     os.replace(cache / "vae_out.part", cache / "vae_out")
 
 
 def stage_backbone(cfg: DictConfig) -> None:
-    """Train transformer and text encoders on the exact components of the renders -> sd3.pt.final (their moving average)."""
+    """Train network and text encoders on the exact components of the renders -> *.pt.final (their moving average)."""
     torch.set_num_threads(1)
-    cache = Path(cfg.cache_dir)
-    if (cache / "sd3.pt.final").exists():
+    checkpoint, log, final = (Path(cfg.cache_dir) / file for file in backbone_files(cfg.backbone.name))
+    if final.exists():
         return
     train, held = stage_world(cfg)
     basis = _basis(train)
@@ -166,10 +150,12 @@ def stage_backbone(cfg: DictConfig) -> None:
         return torch.cat([basis.encode(to_signed(chunk)) for chunk in chunks])
 
     check = (latents(held.images[:256]), held.captions[:256])
-    recipe = Recipe(steps=cfg.backbone_steps, seed=cfg.seed)
-    model = train_sd3(latents(train.images), train.captions, check, recipe, _log_to(cache / "sd3.jsonl"), cache / "sd3.pt")
-    torch.save(model.state_dict(), cache / "sd3.pt.final.part")
-    os.replace(cache / "sd3.pt.final.part", cache / "sd3.pt.final")
+    recipe = backbone_recipe(cfg)
+    model = family_of(cfg).model(recipe.seed)
+    model = train_backbone(model, latents(train.images), train.captions, check, recipe, _log_to(log), checkpoint)
+    part = final.with_suffix(".part")
+    torch.save(model.state_dict(), part)
+    os.replace(part, final)
 
 
 def stage_reader(cfg: DictConfig) -> None:
@@ -196,20 +182,23 @@ def stage_assemble(cfg: DictConfig) -> Path:
 
     Raises UserError if a part is missing or is not of this configuration.
     """
-    cache, folder = Path(cfg.cache_dir), out_folder(cfg)
-    for part in ("vae_out", "sd3.pt.final", "vae.pt"):
-        if not (cache / part).exists():
-            raise UserError(f"{cache / part} is not there: train it with `python -m src.prepare`, or name its cache_dir")
-    model = TinySD3(cfg.seed)
-    model.load_state_dict(torch.load(cache / "sd3.pt.final", weights_only=True))
-    pipeline = assemble(model.eval(), diffusers.AutoencoderKL.from_pretrained(cache / "vae_out", local_files_only=True).eval())
+    folder, cache, shared = out_folder(cfg), Path(cfg.cache_dir), shared_vae(cfg)
+    vae_folder, final = shared or cache / "vae_out", cache / backbone_files(cfg.backbone.name)[2]
+    for part in (vae_folder, final, *([] if shared else [cache / "vae.pt"])):
+        if not part.exists():
+            raise UserError(f"{part} is not there: train it with `python -m src.prepare`, or name its cache_dir")
+    model = family_of(cfg).model(cfg.seed)
+    model.load_state_dict(torch.load(final, weights_only=True))
+    pipeline = model.eval().pipeline(diffusers.AutoencoderKL.from_pretrained(vae_folder, local_files_only=True).eval())
     recipe = _recipe(cfg, pipeline)
     # the text encoders stay in float32: transformers loads a file's own dtype, diffusers float32, and mixed they do not run
-    pipeline.transformer.half()
-    pipeline.vae.half()
+    for module in pipeline.components.values():
+        if isinstance(module, diffusers.ModelMixin):
+            module.half()
     fresh = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(fresh, ignore_errors=True)
     pipeline.save_pretrained(fresh, safe_serialization=True)
+    recipe["vae"] |= _shared_facts(cfg, fresh)
     write_atomic(fresh / "recipe.json", _json(recipe))
     for file in fresh.rglob("*.safetensors"):
         file.chmod(0o644)  # safetensors writes for its owner only
@@ -238,25 +227,45 @@ def stage_card(cfg: DictConfig) -> None:
 
 def _recipe(cfg: DictConfig, pipeline: Any) -> dict[str, Any]:
     """What recipe.json holds; `_curve` has made sure that the artefacts are of the steps that the configuration names."""
-    cache, (train, _) = Path(cfg.cache_dir), stage_world(cfg)
-    curves = {
-        part: _curve(cache / f"{part}.jsonl", cfg[key], key) for part, key in (("vae", "vae_steps"), ("sd3", "backbone_steps"))
-    }
-    vae_lr = torch.load(cache / "vae.pt", weights_only=True)["opt"]["param_groups"][0]["max_lr"]
-    parts = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
+    cache, name, recipe = Path(cfg.cache_dir), cfg.backbone.name, backbone_recipe(cfg)
+    train, _ = stage_world(cfg)
     words = {"sizes": SIZES, "colours": COLOURS, "things": (*SHAPES, "person"), "poses": POSES, "floors": FLOORS}
+    settings = {"backbone": name, "seed": cfg.seed, "world_images": cfg.world_images, "backbone_steps": recipe.steps}
+    if name == VAE_OWNER or cfg.vae_steps:
+        settings["vae_steps"] = vae_steps(cfg)
+    modules = {part: m for part, m in pipeline.components.items() if isinstance(m, torch.nn.Module)}
     return {
         "seed": cfg.seed,
         "renders": len(train.images),
         "maps": len(train.maps),
-        "vae": {"steps": cfg.vae_steps, "batch": VAE_BATCH, "lr": vae_lr, "curve": curves["vae"]},
-        "backbone": {**asdict(Recipe(steps=cfg.backbone_steps, seed=cfg.seed)), "curve": curves["sd3"]},
-        "parameters": {part: sum(p.numel() for p in getattr(pipeline, part).parameters()) for part in parts},
+        "vae": _vae_facts(cfg),
+        "backbone": {**asdict(recipe), "curve": _curve(cache / f"{name}.jsonl", recipe.steps, "backbone_steps")},
+        "parameters": {part: sum(p.numel() for p in m.parameters()) for part, m in modules.items()},
         "words": {group: list(known) for group, known in words.items()},
         "example_caption": next(c for c in train.captions if " and " in c),
         "versions": {k: v for k, v in environment().items() if k in ("torch", "diffusers", "transformers", "numpy")},
-        "command": " ".join(["python -m src.prepare backbone=sd3_tiny", *(f"{key}={cfg[key]}" for key in CLAIM)]),
+        "command": " ".join(["python -m src.prepare", *(f"{key}={value}" for key, value in settings.items())]),
     }
+
+
+def _vae_facts(cfg: DictConfig) -> dict[str, Any]:
+    """How the autoencoder was trained: in the cache folder, or what the backbone says whose one is taken over."""
+    cache, shared = Path(cfg.cache_dir), shared_vae(cfg)
+    if shared:
+        theirs = json.loads((shared.parent / "recipe.json").read_text())
+        return theirs["vae"] | {"renders": theirs["renders"], "maps": theirs["maps"]}
+    curve = _curve(cache / "vae.jsonl", vae_steps(cfg), "vae_steps")
+    lr = torch.load(cache / "vae.pt", weights_only=True)["opt"]["param_groups"][0]["max_lr"]
+    return {"steps": vae_steps(cfg), "batch": VAE_BATCH, "lr": lr, "curve": curve}
+
+
+def _shared_facts(cfg: DictConfig, folder: Path) -> dict[str, str]:
+    """{"same_as": the embedded backbone that ships the very same autoencoder as `folder`}, or nothing."""
+    weights = "vae/diffusion_pytorch_model.safetensors"
+    theirs = EMBEDDED_ROOT / VAE_OWNER / weights
+    if cfg.backbone.name == VAE_OWNER or not theirs.exists() or theirs.read_bytes() != (folder / weights).read_bytes():
+        return {}
+    return {"same_as": VAE_OWNER}
 
 
 def _curve(path: Path, steps: int, key: str) -> list[dict[str, Any]]:

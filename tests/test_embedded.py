@@ -1,18 +1,20 @@
-"""The embedded world and what is trained on it: scenes, words, the reader that judges, the shipped backbone, its making."""
+"""The embedded world and what is trained on it: scenes, words, the reader that judges, the shipped backbones."""
 
+import dataclasses
 import hashlib
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from src import prepare
 from src.backbones.source import EMBEDDED_ROOT
-from src.config import load
 from src.data.scenes import COLOURS, SHAPES, SIZES, Thing, render, sample_scene
-from src.embedded.reader import FEATURES, FOLDER, KINDS, SIZE, accuracy, labels, load_reader, rejection, unit
+from src.embedded.card import write_card
+from src.embedded.families import FAMILIES
+from src.embedded.reader import FEATURES, FOLDER, KINDS, SIZE, accuracy, labels, load_reader, reader_hash, rejection, unit
 from src.embedded.score import frechet_distance, load_pipeline, sample_captions
 from src.embedded.text import TEXT_TOKENS, clip_tokenizer, scene_words, silent_t5, t5_tokenizer
 from src.types import UserError
@@ -33,6 +35,7 @@ PLACES = {
     "beside",
     "next",
 }
+SHIPPED = sorted(path.parent for path in EMBEDDED_ROOT.glob("*/model_index.json"))
 CAPTIONS_SHA = "2e5dc51ba4a9eb79"  # of the first 200 captions of world 0
 GOLDEN = {  # scene of world 0 -> mean level of each 16 x 16 block of its render at 64 px
     0: [[109.7, 109.7, 109.7, 109.7], [109.3, 110.3, 108.0, 107.7], [102.3, 96.4, 100.9, 90.6], [80.5, 83.4, 90.9, 71.6]],
@@ -48,11 +51,10 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.fixture
-def shipped():
-    folder = EMBEDDED_ROOT / "sd3_tiny"
-    assert (folder / "model_index.json").exists(), "the embedded backbone is missing: make it with `python -m src.prepare`"
-    return folder
+@pytest.fixture(params=SHIPPED, ids=lambda folder: folder.name)
+def shipped(request):
+    """Each folder that ships with the project, in turn."""
+    return request.param
 
 
 @pytest.fixture(scope="module")
@@ -209,14 +211,20 @@ def test_frechet_distance_is_the_closed_form():
         frechet_distance(a[:8], b)
 
 
-# ---- the shipped backbone ---------------------------------------------------------------------------------------------
+# ---- the shipped backbones --------------------------------------------------------------------------------------------
 
 
-def test_the_shipped_folder_is_a_plain_pipeline(shipped):
+def test_all_of_them_are_small_and_hold_one_autoencoder():
+    assert SHIPPED, "the embedded backbones are missing: make them with `python -m src.prepare`"
+    assert sum(f.stat().st_size for folder in SHIPPED for f in folder.rglob("*") if f.is_file()) < 30e6
+    weights = {(folder / "vae" / "diffusion_pytorch_model.safetensors").read_bytes() for folder in SHIPPED}
+    assert len(weights) == 1  # or their latents would not compare
+
+
+def test_shipped_sd3_loads_with_its_silent_t5():
     from diffusers import StableDiffusion3Pipeline
 
-    assert sum(f.stat().st_size for f in shipped.rglob("*") if f.is_file()) < 12e6
-    pipeline = StableDiffusion3Pipeline.from_pretrained(shipped, local_files_only=True)
+    pipeline = StableDiffusion3Pipeline.from_pretrained(EMBEDDED_ROOT / "sd3_tiny", local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
     call = {"height": 64, "width": 64, "num_inference_steps": 4, "guidance_scale": 3.0, "output_type": "np"}
     noise = [torch.Generator().manual_seed(0)]
@@ -226,7 +234,16 @@ def test_the_shipped_folder_is_a_plain_pipeline(shipped):
     assert plain.std() > 0.05
 
 
-def test_the_shipped_backbone_draws_what_it_is_told(shipped):
+def test_the_snippet_of_the_card_draws_a_picture(shipped, monkeypatch):
+    code = (shipped / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(shipped.parent)
+    names = {}
+    exec(code, names)
+    assert names["picture"].size == (SIZE, SIZE)
+    assert np.asarray(names["picture"]).std() > 0.05 * 255
+
+
+def test_a_shipped_backbone_draws_what_it_is_told(shipped):
     scores = json.loads((shipped / "scores.json").read_text())
     reader, scenes = load_reader(), [sample_scene(1, i) for i in range(24)]
     drawn = sample_captions(load_pipeline(shipped), [s.caption for s in scenes], 0, 12, 3.0)
@@ -235,63 +252,16 @@ def test_the_shipped_backbone_draws_what_it_is_told(shipped):
     said, unsaid = (scores["arms"][arm]["colour"]["value"] for arm in ("samples", "other_captions"))
     assert said > 0.9
     assert unsaid < 0.4
-    assert scores["reader"]["hash"] == prepare.reader_hash(FOLDER)  # or scores and reader are of different days
+    assert scores["reader"]["hash"] == reader_hash(FOLDER)  # or scores and reader are of different days
 
 
 def test_the_card_is_the_generated_one(shipped, tmp_path):
-    import shutil
-
     copy = shutil.copytree(shipped, tmp_path / shipped.name, ignore=shutil.ignore_patterns("*.safetensors"))
-    prepare.write_card(copy)
+    write_card(copy)
     assert (copy / "README.md").read_text() == (shipped / "README.md").read_text()
 
 
-# ---- making it --------------------------------------------------------------------------------------------------------
-
-
-def test_only_embedded_backbones_can_be_made(tmp_path):
-    with pytest.raises(UserError, match="backbone=sd3_medium cannot be made here"):
-        prepare.main(load("prepare", ["backbone=sd3_medium", f"cache_dir={tmp_path}"]))
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_cache_of_another_recipe_is_refused(tmp_path):
-    prepare.claim_cache(load("prepare", [f"cache_dir={tmp_path}", "vae_steps=5"]))
-    prepare.claim_cache(load("prepare", [f"cache_dir={tmp_path}", "vae_steps=5", "workers=1"]))
-    with pytest.raises(UserError, match="vae_steps=5, not 6"):
-        prepare.claim_cache(load("prepare", [f"cache_dir={tmp_path}", "vae_steps=6"]))
-    with pytest.raises(UserError, match="vae_out is not there"):
-        prepare.stage_assemble(load("prepare", [f"cache_dir={tmp_path}", "vae_steps=5"]))
-
-
-def test_too_small_a_world_is_refused(tmp_path):
-    with pytest.raises(UserError, match="world_images=100 is too few: the scores want at least 130"):
-        prepare.stage_world(load("prepare", [f"cache_dir={tmp_path}", "world_images=100"]))
-
-
-@pytest.mark.slow
-def test_everything_can_be_made_from_nothing(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(prepare, "READER_FOLDER", tmp_path / "scene_reader")
-    sizes = ["world_images=140", "vae_steps=4", "backbone_steps=4", "reader_steps=4", "workers=1"]
-    cfg = load("prepare", ["backbone=sd3_tiny", *sizes, f"out={tmp_path / 'made'}", f"cache_dir={tmp_path / 'cache'}"])
-    prepare.main(cfg)
-    made = tmp_path / "made"
-    scores, recipe = (json.loads((made / name).read_text()) for name in ("scores.json", "recipe.json"))
-    assert scores["conditions"]["n"] == 70
-    assert scores["fid_scenes"]["samples"] > scores["fid_scenes"]["renders"]
-    assert recipe["vae"]["curve"][-1]["step"] == 4
-    assert recipe["parameters"]["transformer"] > 3e6
-    card = (made / "README.md").read_text()
-    assert "license: apache-2.0" in card
-    assert f"{100 * scores['arms']['renders']['floor']['value']:.1f}" in card
-    assert all((made / name).exists() for name in ("samples.png", "curve_vae.png", "curve_backbone.png"))
-    assert sum(f.stat().st_size for f in made.rglob("*") if f.is_file()) < 12e6
-
-    before = {f: f.stat().st_mtime_ns for f in (tmp_path / "cache").rglob("*") if f.suffix not in (".json",)}
-    prepare.stage_vae(cfg)
-    prepare.stage_backbone(cfg)
-    prepare.stage_reader(cfg)
-    assert {f: f.stat().st_mtime_ns for f in before} == before  # what is done is not done again
-    (tmp_path / "cache" / "sd3.jsonl").write_text('{"step": 3}\n')
-    with pytest.raises(UserError, match="ends at step 3, not at backbone_steps=4"):
-        prepare.stage_assemble(cfg)
+def test_the_recipe_is_the_one_that_families_name(shipped):
+    said = json.loads((shipped / "recipe.json").read_text())["backbone"]
+    named = dataclasses.asdict(FAMILIES[shipped.name].recipe)
+    assert {key: said.get(key, 1) for key in named} == named  # the first card did not say that there was one cycle

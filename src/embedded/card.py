@@ -8,6 +8,11 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from src.embedded.card_words import AGAIN, TEMPLATE, WORDS
+from src.embedded.families import FAMILIES, VAE_OWNER, Family, of_folder
+from src.embedded.reader import SIZE
+from src.embedded.score import PADDINGS
+from src.embedded.text import TEXT_TOKENS
 from src.plots import plot_grid, plot_loss_curve
 
 GRID, COLUMNS, SCALE = 32, 8, 2  # pictures on the sheet: the first prompts, none left out
@@ -24,78 +29,6 @@ ARMS = {
     "reconstructions": "reconstructed renders",
     "other_captions": "samples, other captions",
 }
-
-TEMPLATE = """---
-license: apache-2.0
-library_name: diffusers
-pipeline_tag: text-to-image
----
-# {name}
-
-A Stable Diffusion 3 in miniature: the stock diffusers classes, {total_m:.2f} M parameters, trained from nothing on a world
-of procedural scenes, 64 x 64 pixels. ControlBench compares control adapters on it where there is no GPU: it is small
-enough for one CPU core, and a caption tells it what is in a scene but never where, so that control has something to add.
-
-Licence: Apache-2.0, weights included. It has seen no photograph and no data of third parties.
-
-![the first {grid} held-out prompts](samples.png)
-
-The first {grid} captions of the held-out world, none left out; {steps} steps, guidance {guidance:g}, seed {seed}.
-
-## Use
-```python
-from diffusers import StableDiffusion3Pipeline
-
-pipeline = StableDiffusion3Pipeline.from_pretrained("{name}", text_encoder_3=None, tokenizer_3=None)
-picture = pipeline(
-    "a large red ball and a small blue cube, gray floor",
-    height=64, width=64, max_sequence_length=0, num_inference_steps={steps}, guidance_scale={guidance:g},
-).images[0]
-```
-Captions list one to three things and a floor: `{caption}`.
-Known words: {words}.
-
-`max_sequence_length` is the number of T5 tokens. The model was trained with none. The T5 in the folder is silent (its output
-is zero) and is there because the pipeline class insists on one; many of its tokens draw attention away from the caption:
-
-{tokens_table}
-
-Loading without `text_encoder_3=None, tokenizer_3=None` works too; then pass `max_sequence_length=1`, since the pipeline
-cannot cut a T5 prompt to no token at all, and stops with an error at 0.
-
-## Scores
-Read by the scene reader (`{reader_hash}`), a network of {reader_k:.0f} k parameters that learned from renders and knows no
-model. It takes things bent out of shape, and two things where one is named, for wrong. {n} captions of the held-out world,
-one sample each; 95 % intervals over pictures.
-
-{scores_table}
-
-Real renders are the ceiling: what is missing there is the reader's own error, or hidden behind another thing. Samples
-against another picture's caption are the floor: what chance alone gives.
-
-{fid_table}
-
-`fid_scenes` is the Frechet distance between {features} features of the scene reader, {n} pictures against {n} renders of other
-scenes. It is no Inception FID, and values compare only at equal n and equal reader. No model can expect to beat the line of
-the real renders. The autoencoder alone: {psnr:.1f} dB PSNR on {n} held-out renders.
-
-## Recipe
-{recipe_table}
-
-Seed {train_seed}; {packages}. CPU seconds are of one thread.
-Autoencoder and diffusion model train side by side: the latent space (16 principal components of each 8 x 8 patch) is fixed
-before either starts. Everything again, from nothing: `{command}`.
-
-![autoencoder](curve_vae.png)
-![diffusion model](curve_backbone.png)
-
-## Limits
-- It draws these scenes only: {things}; {colours} colours, {floors} floors. Other words fall apart into letters it never saw.
-- Of the shapes, {worst} is the weakest: {worst_share:.0f} % right, against {worst_ceiling:.0f} % for real renders.
-- {scene_share:.0f} % of the samples are right in colours, shapes and floor, against {scene_ceiling:.0f} % of the renders.
-- Sizes and poses are in the captions, but are not scored above; positions are free by design.
-- Results on it say how methods compare on a small rectified-flow transformer; what they say about a large one is open.
-"""
 
 
 def draw_samples(samples: np.ndarray, captions: list[str], out_png: str | Path) -> None:
@@ -130,16 +63,32 @@ def write_card(folder: Path) -> None:
     )
     title = "diffusion model: loss on held-out scenes"
     plot_loss_curve(backbone["curve"], "images_seen", ["val_loss", "val_loss_ema"], folder / "curve_backbone.png", title)
-    (folder / "README.md").write_text(TEMPLATE.format(**_facts(folder.name, recipe, scores)))
+    (folder / "README.md").write_text(TEMPLATE.format(**_facts(folder, recipe, scores)))
 
 
-def _facts(name: str, recipe: dict[str, Any], scores: dict[str, Any]) -> dict[str, Any]:
+def snippet(folder_name: str, family: Family, steps: int, guidance: float) -> str:
+    """Python that draws one picture with the stock pipeline of a folder, seen from the folder beside it."""
+    load, call = ("".join(f", {key}={value!r}" for key, value in some.items()) for some in (family.load, family.call))
+    return f"""from diffusers import {family.pipeline.__name__}
+
+pipeline = {family.pipeline.__name__}.from_pretrained("{folder_name}"{load})
+picture = pipeline(
+    "a large red ball and a small blue cube, gray floor",
+    height={SIZE}, width={SIZE}{call}, num_inference_steps={steps}, guidance_scale={guidance:g},
+).images[0]"""
+
+
+def _facts(folder: Path, recipe: dict[str, Any], scores: dict[str, Any]) -> dict[str, Any]:
     """Everything that the template names."""
     made, arms, words = scores["conditions"], scores["arms"], recipe["words"]
+    name = of_folder(folder)
+    own = WORDS[name]
     kinds = [k for k in QUESTIONS if k.startswith("shape/") and k in arms["samples"]]
     worst = min(kinds, key=lambda k: arms["samples"][k]["value"])
     return {
-        "name": name,
+        "name": folder.name,
+        **{"kind": own.kind, "network": own.network, "sort": own.sort},
+        "snippet": snippet(folder.name, FAMILIES[name], made["steps"], made["guidance"]),
         "total_m": sum(recipe["parameters"].values()) / 1e6,
         "grid": min(GRID, made["n"]),
         **{key: made[key] for key in ("n", "seed", "steps", "guidance")},
@@ -148,23 +97,42 @@ def _facts(name: str, recipe: dict[str, Any], scores: dict[str, Any]) -> dict[st
         "things": ", ".join(words["things"]),
         "colours": len(words["colours"]),
         "floors": len(words["floors"]),
-        "tokens_table": _tokens_table(scores["t5_tokens"]),
+        "use": own.use.format(**_use_facts(scores)),
         "reader_hash": scores["reader"]["hash"],
         "reader_k": scores["reader"]["parameters"] / 1e3,
         "features": scores["reader"]["features"],
         "scores_table": _scores_table(arms),
         "fid_table": _fid_table(scores["fid_scenes"]),
         "psnr": scores["vae_psnr_db"],
-        "recipe_table": _recipe_table(recipe),
+        "recipe_table": _recipe_table(recipe, own.column, own.learned),
         "train_seed": recipe["seed"],
         "packages": ", ".join(f"{k} {v}" for k, v in recipe["versions"].items()),
-        "command": recipe["command"],
+        "again": _again(name, recipe),
         "worst": worst.removeprefix("shape/"),
         "worst_share": 100 * arms["samples"][worst]["value"],
         "worst_ceiling": 100 * arms["renders"][worst]["value"],
         "scene_share": 100 * arms["samples"]["scene"]["value"],
         "scene_ceiling": 100 * arms["renders"]["scene"]["value"],
     }
+
+
+def _use_facts(scores: dict[str, Any]) -> dict[str, Any]:
+    """What `Words.use` names: of the comparison that was made for this family, if any."""
+    facts: dict[str, Any] = {"text_tokens": TEXT_TOKENS}
+    if "t5_tokens" in scores:
+        facts["tokens_table"] = _tokens_table(scores["t5_tokens"])
+    if "padding" in scores:
+        trained_s, default_s = (scores["padding"]["cpu_s_per_image"][str(tokens)] for tokens in PADDINGS)
+        facts |= {"default_tokens": PADDINGS[1], "trained_s": trained_s, "default_s": default_s}
+        facts |= {"padding_n": scores["padding"]["n"], "apart": scores["padding"]["largest_difference"]}
+    return facts
+
+
+def _again(name: str, recipe: dict[str, Any]) -> str:
+    """How to make it again, and whose autoencoder it holds."""
+    same_as = recipe["vae"].get("same_as")
+    whose = "first" if name == VAE_OWNER else "shared" if same_as else "own"
+    return AGAIN[whose].format(command=recipe["command"], same_as=same_as, vae_steps=recipe["vae"]["steps"])
 
 
 def _scores_table(arms: dict[str, Any]) -> str:
@@ -210,20 +178,22 @@ def _fid_table(fid: dict[str, Any]) -> str:
     return "\n".join([*lines, *(f"| {ARMS[arm]} | {fid[arm]:.3f} |" for arm in ("samples", "reconstructions", "renders"))])
 
 
-def _recipe_table(recipe: dict[str, Any]) -> str:
-    """One column per trained part."""
+def _recipe_table(recipe: dict[str, Any], column: str, learned: tuple[tuple[str, int], ...]) -> str:
+    """One column for the autoencoder, one for the diffusion model: its head, and its trained parts with their numbers."""
     vae, net, size = recipe["vae"], recipe["backbone"], recipe["parameters"]
     last_vae, last_net = vae["curve"][-1], net["curve"][-1]
+    sizes = " + ".join(f"{f'{count} x ' if count > 1 else ''}{size[part]:,}" for part, count in learned)
+    cycles = f" in {net['cycles']} cycles" if net.get("cycles", 1) > 1 else ""
     rows = [
-        ("", "autoencoder", "transformer and two text encoders"),
+        ("", "autoencoder", column),
         ("---", "---", "---"),
-        ("parameters", f"{size['vae']:,}", f"{size['transformer']:,} + 2 x {size['text_encoder']:,}"),
+        ("parameters", f"{size['vae']:,}", sizes),
         (
             "learned from",
-            f"{recipe['renders']:,} renders, {recipe['maps']:,} control maps",
+            f"{vae.get('renders', recipe['renders']):,} renders, {vae.get('maps', recipe['maps']):,} control maps",
             f"{recipe['renders']:,} renders and captions",
         ),
-        ("steps x batch", f"{vae['steps']:,} x {vae['batch']}", f"{net['steps']:,} x {net['batch']}"),
+        ("steps x batch", f"{vae['steps']:,} x {vae['batch']}", f"{net['steps']:,} x {net['batch']}{cycles}"),
         ("peak learning rate", f"{vae['lr']:g}", f"{net['lr']:g}"),
         ("moving average", "none", f"{net['ema_decay']:g} per step"),
         ("CPU seconds", f"{last_vae['cpu_s']:,.0f}", f"{last_net['cpu_s']:,.0f}"),

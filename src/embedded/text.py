@@ -9,6 +9,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
     CLIPTextConfig,
+    CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
     T5Config,
@@ -48,7 +49,17 @@ def clip_tokenizer() -> CLIPTokenizer:
 
 
 def clip_encoder(tokenizer: CLIPTokenizer, width: int, seed: int) -> CLIPTextModelWithProjection:
-    """Two layers; token embeddings start at standard deviation 0.5: at CLIP's 0.02 they drown in the positions."""
+    """Two layers and the projection of a pooled vector, which SD3 reads."""
+    return _clip(CLIPTextModelWithProjection, tokenizer, width, seed)
+
+
+def clip_text_model(tokenizer: CLIPTokenizer, width: int, seed: int) -> CLIPTextModel:
+    """Two layers without a projection, as Stable Diffusion 2 reads them."""
+    return _clip(CLIPTextModel, tokenizer, width, seed)
+
+
+def _clip(kind: type, tokenizer: CLIPTokenizer, width: int, seed: int) -> CLIPTextModel | CLIPTextModelWithProjection:
+    """Token embeddings start at standard deviation 0.5: at CLIP's 0.02 they drown in the positions."""
     torch.manual_seed(seed)
     eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
     config = CLIPTextConfig(
@@ -56,7 +67,7 @@ def clip_encoder(tokenizer: CLIPTokenizer, width: int, seed: int) -> CLIPTextMod
         num_attention_heads=2, projection_dim=width, max_position_embeddings=TEXT_TOKENS,
         eos_token_id=eos, bos_token_id=bos, pad_token_id=eos,
     )  # fmt: skip
-    model = CLIPTextModelWithProjection(config)
+    model = kind(config)
     torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.5)
     return model
 
@@ -71,12 +82,21 @@ def t5_tokenizer() -> T5TokenizerFast:
     return T5TokenizerFast(tokenizer_object=core, eos_token="</s>", unk_token="<unk>", pad_token="<pad>", extra_ids=0)
 
 
+def t5_encoder(tokenizer: T5TokenizerFast, width: int, seed: int) -> T5EncoderModel:
+    """Two layers, as PixArt-alpha reads them."""
+    torch.manual_seed(seed)
+    return T5EncoderModel(_t5_config(tokenizer, width, layers=2, head_width=32, inner=4 * width))
+
+
 def silent_t5(tokenizer: T5TokenizerFast, width: int) -> T5EncoderModel:
     """One T5 layer whose output is exactly zero: the SD3 pipeline insists on a third encoder, the tiny model needs none."""
-    config = T5Config(
-        vocab_size=len(tokenizer), d_model=width, d_kv=8, d_ff=16, num_layers=1, num_heads=2,
-        feed_forward_proj="gated-gelu", pad_token_id=0, eos_token_id=1, decoder_start_token_id=0,
-    )  # fmt: skip
-    model = T5EncoderModel(config)
+    model = T5EncoderModel(_t5_config(tokenizer, width, layers=1, head_width=8, inner=16))
     torch.nn.init.zeros_(model.encoder.final_layer_norm.weight)
     return model
+
+
+def _t5_config(tokenizer: T5TokenizerFast, width: int, layers: int, head_width: int, inner: int) -> T5Config:
+    return T5Config(
+        vocab_size=len(tokenizer), d_model=width, d_kv=head_width, d_ff=inner, num_layers=layers, num_heads=2,
+        feed_forward_proj="gated-gelu", pad_token_id=0, eos_token_id=1, decoder_start_token_id=0, dropout_rate=0.0,
+    )  # fmt: skip
