@@ -1,4 +1,4 @@
-"""Configuration to objects, in the one legal order. The only file that calls `instantiate`.
+"""Configuration to objects, in the one legal order.
 
 Cheap things come first: by the time a weight is read, everything that can be refused has been.
 """
@@ -11,20 +11,22 @@ from pathlib import Path
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from src.adapters.base import ControlAdapter, OptimizerRecipe
+from src.adapters.base import ControlAdapter, OptimizerRecipe, unreached
 from src.backbones.base import Backbone
 from src.backbones.codec import Codec
 from src.callbacks.base import RunContext
 from src.checkpoint import AdapterCheckpointIO, fitting_weights
 from src.config import accumulation, config_sha
+from src.construct import construct, partial
 from src.control_score import HeldOut
 from src.data.datamodule import ControlData, ImageStream, Stores
 from src.data.source import Source
 from src.data.stores import build_stores
-from src.sampling import flow_levels
+from src.profiling.memory import blank_batch
+from src.sampling import solver_for
+from src.support import check_cell
 from src.tasks.base import Task
 from src.types import UserError
 
@@ -97,9 +99,10 @@ def backbone_dtype(cfg: DictConfig) -> torch.dtype:
 
 def plan(cfg: DictConfig) -> Plan:
     """Construct backbone (facts only), task and sources; whatever is wrong with them is raised here."""
-    backbone = instantiate(cfg.backbone, resolution=cfg.resolution)
-    task = instantiate(cfg.task)
-    train, val = (instantiate(cfg.data, split=split, resolution=cfg.resolution) for split in ("train", "val"))
+    backbone = construct(cfg.backbone, resolution=cfg.resolution)
+    check_cell(cfg, backbone)
+    task = construct(cfg.task)
+    train, val = (construct(cfg.data, split=split, resolution=cfg.resolution) for split in ("train", "val"))
     if len(val) < cfg.validation.final_images:
         raise UserError(f"validation.final_images={cfg.validation.final_images}, but data.val_images gives {len(val)}")
     return Plan(backbone, task, train, val)
@@ -126,7 +129,8 @@ def load_world(cfg: DictConfig, made: Plan) -> World:
         conditions=np.stack(conditions),
         task=made.task,
         codec=codec,
-        levels=flow_levels(backbone.scheduler(), cfg.validation.steps),
+        solver=solver_for(backbone.objective, backbone.scheduler()),
+        steps=cfg.validation.steps,
         guidance=cfg.validation.guidance,
         seed=cfg.seed,
     )
@@ -134,30 +138,43 @@ def load_world(cfg: DictConfig, made: Plan) -> World:
 
 
 def new_adapter(cfg: DictConfig, backbone: Backbone, training: bool = True) -> ControlAdapter:
-    """The untrained adapter; its random parts depend on the seed alone."""
-    torch.manual_seed(cfg.seed)
+    """The untrained adapter; its random parts depend on the seed alone. Parameters that cannot matter are frozen: a twin
+    without data finds them."""
     recipe = None
     if training:
         recipe = OptimizerRecipe(
-            algorithm=instantiate(cfg.optimizer.algorithm),
+            algorithm=construct(cfg.optimizer.algorithm),
             warmup_images=cfg.optimizer.warmup_images,
             decay=cfg.optimizer.decay,
             clip_norm=cfg.optimizer.clip_norm or 0.0,
             effective_batch=cfg.budget.effective_batch,
             total_images=total_images(cfg),
         )
-    make = instantiate(cfg.adapter, _partial_=True)  # objects handed to `instantiate` itself would become configuration
-    return make(backbone, backbone.objective, recipe, checkpointing=bool(cfg.hardware.checkpointing))
+    node = {k: v for k, v in cfg.adapter.items() if k != "params_match"}  # its outcome stands in the other keys
+    make = partial(node)
+
+    def made(on: Backbone) -> ControlAdapter:
+        torch.manual_seed(cfg.seed)
+        return make(on, on.objective.with_time_law(cfg.time_law), recipe, checkpointing=bool(cfg.hardware.checkpointing))
+
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        is_hollow = backbone.net is not None and next(backbone.net.parameters()).is_meta
+        hollow = backbone if is_hollow else backbone.hollow(torch.float32)
+        probe = made(hollow)
+        dead = unreached(probe, blank_batch(hollow.facts, probe.condition_space, 1, hollow.facts.multiple))
+    adapter = made(backbone)
+    adapter.freeze_unreached(dead)
+    return adapter
 
 
 def load_sampler(cfg: DictConfig, checkpoint: Path) -> Sampler:
     """Backbone, codec, task and the adapter's averaged weights from a checkpoint folder. Refuses one that does not fit."""
     device = device_of(cfg)
-    backbone = instantiate(cfg.backbone, resolution=cfg.resolution).load(device, backbone_dtype(cfg))
+    backbone = construct(cfg.backbone, resolution=cfg.resolution).load(device, backbone_dtype(cfg))
     adapter = new_adapter(cfg, backbone, training=False)
     meta = {"adapter": cfg.adapter.name, "backbone": backbone.facts.source, "backbone_hash": backbone.weight_hash()}
     adapter.load_state_dict(fitting_weights(checkpoint, adapter.state_dict(), meta))
-    return Sampler(backbone, backbone.load_codec(device), instantiate(cfg.task), adapter.to(device).eval())
+    return Sampler(backbone, backbone.load_codec(device), construct(cfg.task), adapter.to(device).eval())
 
 
 def compile_blocks(backbone: Backbone, adapter: ControlAdapter) -> None:
@@ -213,7 +230,7 @@ def callbacks(cfg: DictConfig, run: RunContext) -> list[pl.Callback]:
     if missing:
         raise UserError(f"callbacks {missing} are missing: a run cannot do without; ema_decay=0 switches the average off")
     ordered = [n for n in CALLBACK_ORDER if n in named] + [n for n in named if n not in CALLBACK_ORDER]
-    return [instantiate(named[name], _partial_=True)(run=run) for name in ordered]
+    return [partial(named[name])(run=run) for name in ordered]
 
 
 def trainer(cfg: DictConfig, run: RunContext, made: list[pl.Callback]) -> pl.Trainer:

@@ -23,6 +23,7 @@ from src.config import accumulation, cli, config_sha, resolve_hardware
 from src.control_score import ARMS, RIGHT, ZERO, named, score_rows
 from src.data.stores import to_bytes
 from src.loggers import build_loggers
+from src.matching import matched
 from src.metrics.intervals import metric
 from src.plots import plot_curves
 from src.profiling.memory import describe, estimate_for
@@ -52,6 +53,9 @@ def train(cfg: DictConfig, typed: list[str], experiment: str | None = None) -> P
     torch.set_num_threads(cfg.hardware.threads)
     build.quiet()
     made = build.plan(cfg)
+    cfg, chosen = matched(cfg, made.backbone)
+    if chosen:
+        print(chosen, flush=True)
     check_memory(cfg, made)
     run = open_run(cfg, typed)
     if (run.folder / "results.json").exists():

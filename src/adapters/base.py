@@ -7,15 +7,18 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from src.backbones.base import Backbone
 from src.objectives import Objective
-from src.types import Batch, ConditionSpace, TextCond, UserError
+from src.types import BackboneFacts, Batch, ConditionSpace, Features, TextCond, UserError
+
+FAMILY_NAMES = {"mmdit": "SD3 transformer (mmdit)", "dit": "PixArt transformer (dit)", "unet": "U-Net (unet)"}
 
 
 @dataclass(frozen=True)
@@ -49,11 +52,13 @@ class ControlAdapter(pl.LightningModule):
 
     backbone: loaded and frozen; it is not a submodule, so that neither checkpoint nor optimizer can hold a tensor of it.
     objective: what the backbone predicts. optimizer: None for an adapter that is only sampled from.
-    condition_space: in which space `encode_condition` wants the condition.
+    condition_space: in which space `encode_condition` wants the condition. checkpointing: recompute blocks in the backward
+    pass. options: the method's own choices, for `refusal`.
 
     Class attributes declare what the contract tests then hold the method to:
     families: backbone families it knows; grad_through_backbone: whether its backward pass enters the frozen network;
     identity_at_init: whether the untrained adapter gives exactly the backbone's prediction.
+    Where a choice of the configuration decides one of the last two, the instance sets it.
     """
 
     families: ClassVar[tuple[str, ...]]
@@ -67,25 +72,46 @@ class ControlAdapter(pl.LightningModule):
         optimizer: OptimizerRecipe | None,
         name: str,
         condition_space: ConditionSpace,
+        checkpointing: bool = False,
+        **options: Any,
     ):
         super().__init__()
-        if backbone.facts.family not in self.families:
-            known, given = ", ".join(self.families), backbone.facts
-            raise UserError(f"adapter={name} works on {known}; backbone {given.source} is of the family {given.family}")
+        reason = self.refusal(backbone.facts, condition_space=condition_space, **options)
+        if reason:
+            raise UserError(f"adapter={name} with {backbone.facts.source}: {reason}")
         self._frozen = (backbone,)  # a tuple hides it from the module tree
         self.objective, self.recipe, self.name, self.condition_space = objective, optimizer, name, condition_space
+        self.checkpointing = checkpointing
+
+    @classmethod
+    def refusal(cls, facts: BackboneFacts, **options: Any) -> str | None:
+        """Why this method cannot work on a backbone with these options of its yaml; None if it can. Needs no weights."""
+        if facts.family in cls.families:
+            return None
+        known = ", ".join(FAMILY_NAMES[f] for f in cls.families)
+        return f"it works on {known}, and this backbone is a {FAMILY_NAMES[facts.family]}"
 
     @property
     def backbone(self) -> Backbone:
         return self._frozen[0]
 
+    @classmethod
+    def depths(cls, facts: BackboneFacts, **options: Any) -> list[dict[str, Any]]:
+        """The options of every depth of this method on a backbone, from small to large, for `params_match` to choose from."""
+        return []
+
+    @classmethod
+    def widened(cls, facts: BackboneFacts, width: int, **options: Any) -> dict[str, Any] | None:
+        """The options of another width, of which the size is a rising function; None if the method has no such choice."""
+        return None
+
     @abstractmethod
-    def encode_condition(self, condition: Tensor) -> Tensor:
+    def encode_condition(self, condition: Tensor) -> Features:
         """Condition in `condition_space` -> features; what depends on the condition alone, computed once per image."""
 
     @abstractmethod
     def predict(
-        self, backbone: Backbone, x_BCHW: Tensor, t_B: Tensor, text: TextCond, features: Tensor, scale: float = 1.0
+        self, backbone: Backbone, x_BCHW: Tensor, t_B: Tensor, text: TextCond, features: Features, scale: float = 1.0
     ) -> Tensor:
         """The controlled prediction, (B, C, H, W). scale 0 is the backbone alone, 1 the adapter as trained."""
 
@@ -96,6 +122,21 @@ class ControlAdapter(pl.LightningModule):
     def trainable_parts_m(self) -> dict[str, float]:
         """Millions of trainable parameters per part."""
         return {k: sum(p.numel() for p in m.parameters() if p.requires_grad) / 1e6 for k, m in self.parts().items()}
+
+    def recompute(self, fn: Callable, *args: Any) -> Any:
+        """fn(*args); with checkpointing its activations are not stored but computed again in the backward pass.
+
+        Trained and frozen blocks alike go through here: a method whose gradient crosses the backbone must store that too.
+        """
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(fn, *args, use_reentrant=False, preserve_rng_state=False)  # no block here draws numbers
+        return fn(*args)
+
+    def freeze_unreached(self, names: Iterable[str]) -> None:
+        """Freeze parameters that the loss does not depend on (see `unreached`): a distributed trainer would wait for them."""
+        self.unreached = tuple(names)
+        for name in self.unreached:
+            self.get_parameter(name).requires_grad_(False)
 
     def losses(self, batch: Batch) -> Tensor:
         """(B,) loss per image at the noise and t that the batch carries."""
@@ -129,3 +170,19 @@ class ControlAdapter(pl.LightningModule):
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
         limit = self.recipe.clip_norm or float("inf")
         self.last_grad_norm = float(nn.utils.clip_grad_norm_(self.parameters(), limit))
+
+
+def unreached(adapter: ControlAdapter, batch: Batch) -> list[str]:
+    """Names of trainable parameters that the loss does not depend on, found by asking autograd, and of those that the
+    backbone knows to be computed in vain. For example the text path of the last copied SD3 block.
+
+    Works on `meta`, where it costs no arithmetic.
+    """
+    named = [(name, p) for name, p in adapter.named_parameters() if p.requires_grad]
+    found = torch.autograd.grad(adapter.losses(batch).sum(), [p for _, p in named], allow_unused=True)
+    names = [name for (name, _), gradient in zip(named, found, strict=True) if gradient is None]
+    for number, copied in enumerate(adapter.parts().get("copies", ())):
+        prefix = f"copies.{number}."
+        unread = {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
+        names += [prefix + name for name in adapter.backbone.thrown_away(copied, unread) if name not in unread]
+    return names

@@ -21,12 +21,13 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import MISSING, DictConfig, open_dict
 
-from src.config.checks import ConfigError, Incompatible, Where, check_unknown, check_values, resolve
+from src.config.checks import ConfigError, Incompatible, Unsupported, Where, check_unknown, check_values, resolve
 from src.config.compose import COMMAND_LINE, CONF, Request, compose
 from src.config.rules import NOT_SCIENCE, accumulation, check_together, config_sha, resolve_hardware, science_diff
+from src.objectives import TIME_LAWS
 from src.types import UserError
 
-__all__ = ["CONF", "NOT_SCIENCE", "ConfigError", "Incompatible", "PrepareConfig", "SampleConfig", "TrainConfig"]
+__all__ = ["CONF", "NOT_SCIENCE", "ConfigError", "ExportConfig", "Incompatible", "PrepareConfig", "SampleConfig", "TrainConfig", "Unsupported"]
 __all__ += ["accumulation", "cli", "config_sha", "load", "preflight", "resolve_hardware", "science_diff"]
 
 MAX_SWEPT_VALUES = 16  # values of one key that are checked before a sweep starts; each job checks itself in any case
@@ -105,6 +106,7 @@ class TrainConfig:
     resolution: int = _key(least=1)
     budget: BudgetConfig = MISSING
     caption_dropout: float = _key(least=0, below=1)
+    time_law: str = _key(choices=TIME_LAWS)
     ema_decay: float = _key(least=0, below=1)
     control_arm: bool = MISSING
     resume: str | None = MISSING
@@ -141,12 +143,12 @@ class SampleConfig:
 
 @dataclass
 class PrepareConfig:
-    """`python -m src.prepare`: train the embedded backbone from nothing, on scenes that it renders itself."""
+    """`python -m src.prepare`: train an embedded backbone from nothing, on scenes that it renders itself."""
 
     seed: int = _key(least=0)
     world_images: int = _key(least=1)
-    vae_steps: int = _key(least=1)
-    backbone_steps: int = _key(least=1)
+    vae_steps: int | None = _key(least=1)
+    backbone_steps: int | None = _key(least=1)
     reader_steps: int = _key(least=1)
     out: str | None = MISSING
     cache_dir: str = MISSING
@@ -154,7 +156,16 @@ class PrepareConfig:
     backbone: dict[str, Any] = field(default=MISSING, metadata=NODE)
 
 
-SCHEMAS: dict[str, type] = {"train": TrainConfig, "sample": SampleConfig, "prepare": PrepareConfig}
+@dataclass
+class ExportConfig:
+    """`python -m src.export`: the trained adapter of a run for diffusers."""
+
+    run: str = MISSING
+    out: str = MISSING
+    form: str = _key(choices=("auto", "diffusers", "dropin"))
+
+
+SCHEMAS: dict[str, type] = {"train": TrainConfig, "sample": SampleConfig, "prepare": PrepareConfig, "export": ExportConfig}
 for _name, _schema in SCHEMAS.items():
     ConfigStore.instance().store(name=f"{_name}_schema", node=_schema, provider="src.config")
 
@@ -215,6 +226,9 @@ def cli(config_name: str, main: Callable[[DictConfig], Any]) -> None:
         except UserError as exc:
             if job.mode != RunMode.MULTIRUN:
                 _refuse(exc)
+            if isinstance(exc, Unsupported):
+                print(f"skipped: job {job.job.num}: {exc}", file=sys.stderr, flush=True)
+                return None
             print(f"error: job {job.job.num}: {exc}", file=sys.stderr, flush=True)
             raise
 

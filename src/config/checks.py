@@ -28,6 +28,8 @@ INJECTED: dict[str, set[str]] = {
     "data": {"resolution", "split"},
     "optimizer.algorithm": {"params"},
 }
+# Keys beside the constructor's arguments that the program reads itself, by group, with their types.
+BESIDE: dict[str, dict[str, Any]] = {"adapter": {"params_match": float | str | None}}
 HYDRA_KEYS = {"_target_", "_partial_", "_recursive_", "_convert_"}
 Where = Callable[[str], str]
 
@@ -38,6 +40,10 @@ class ConfigError(UserError):
 
 class Incompatible(ConfigError):
     """Values that are legal one by one, but not together or not on this machine: a sweep loses this cell only."""
+
+
+class Unsupported(Incompatible):
+    """An adapter on a backbone that it was never made for: a sweep skips this cell and is none the worse."""
 
 
 def key_is(place: str, key: str, value: Any, fault: str) -> str:
@@ -120,7 +126,7 @@ def signature(node: Mapping[str, Any], group: str, key: str, where: Where) -> Si
     taken = inspect.signature(target).parameters.values()
     named = [p for p in taken if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) and p.name not in injected]
     return Signature(
-        hints={p.name: hints.get(p.name, Any) for p in named},
+        hints={p.name: hints.get(p.name, Any) for p in named} | BESIDE.get(group, {}),
         required={p.name for p in named if p.default is p.empty},
         injected=injected,
         open=any(p.kind is p.VAR_KEYWORD for p in taken),

@@ -16,7 +16,8 @@ from src.config.checks import ConfigError, Incompatible, Where
 from src.config.compose import COMMAND_LINE, CONF
 
 GIB = 2**30
-MULTIPLES = {"src.backbones.mmdit.": 16}  # pixels: autoencoder factor 8 x patch 2
+# pixels: autoencoder factor 8 x patch 2; a U-Net's depends on its levels, and is asked when its configuration is read
+MULTIPLES = {"src.backbones.mmdit.": 16, "src.backbones.dit.": 16}
 PROFILES = (("h200", 120), ("gpu_80g", 70), ("gpu_24g", 0))  # name, from how many GiB of one device
 # Not science: where things go and how fast they get there. Dotted keys; a prefix covers what is below it.
 NOT_SCIENCE = ("hardware", "logger", "output_dir", "cache_dir", "out", "workers", "resume", "tags", "name")

@@ -13,11 +13,6 @@ EMBEDDED_BACKBONES = [
 ]
 
 
-def options(group: str) -> list[str]:
-    """Names of the yaml files of a group."""
-    return sorted(p.stem for p in (Path(CONF) / group).glob("*.yaml"))
-
-
 def node(group: str, option: str):
     """The composed node of one option."""
     extra = [f"data.path={CONF}"] if (group, option) == ("data", "folder") else []

@@ -4,12 +4,15 @@ import pytest
 import torch
 from hydra.utils import instantiate
 
+from src import build
+from src.config import load
 from src.profiling.saved import saved_bytes
+from src.support import matrix, options
 from src.types import Batch
 from tests.conftest import CPU
-from tests.contract.registry import EMBEDDED_BACKBONES, node, options
+from tests.contract.registry import EMBEDDED_BACKBONES, node
 
-CELLS = [(a, b) for a in options("adapter") for b in EMBEDDED_BACKBONES]
+CELLS = [(a, b) for a in options("adapter") for b in EMBEDDED_BACKBONES if matrix()[a][b] is None]
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +29,9 @@ def cell(request, loaded):
     """(adapter, backbone, batch) with random parts seeded."""
     name, base = request.param
     backbone, text = loaded[0][base], loaded[1][base]
-    torch.manual_seed(0)
-    adapter = instantiate(node("adapter", name), _partial_=True)(backbone, backbone.objective, None, checkpointing=False)
+    adapter = build.new_adapter(
+        load("train", [f"adapter={name}", f"backbone={base}", "hardware=cpu"]), backbone, training=False
+    )
     return adapter, backbone, make_batch(adapter, backbone, text)
 
 
@@ -139,7 +143,7 @@ def test_a_few_steps_lower_the_loss(cell):
     adapter, backbone, batch = cell
     digest, optimizer = backbone.weight_hash(), torch.optim.AdamW(adapter.parameters(), 1e-3)
     losses = []
-    for _ in range(12):
+    while len(losses) < 40 and (not losses or losses[-1] >= 0.9 * losses[0]):
         optimizer.zero_grad()
         loss = adapter.losses(batch).mean()
         loss.backward()

@@ -1,0 +1,104 @@
+"""ControlNet for U-Nets (Zhang et al. 2023, arXiv 2302.05543): a trainable copy of the encoder adds to the decoder's skips.
+
+As the published code has it (diffusers `models/controlnets/controlnet.py`): the copy has its own conv_in and time
+embedding, the hint joins once behind conv_in, and one zero convolution per skip and one for the middle lead back.
+The frozen encoder is not touched, so it runs forward only; the gradient crosses the frozen decoder.
+"""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from src.adapters.base import ControlAdapter, OptimizerRecipe
+from src.adapters.parts import zero_layer
+from src.backbones.base import Backbone
+from src.objectives import Objective
+from src.types import BackboneFacts, ConditionSpace, TextCond
+
+
+class ControlNet(ControlAdapter):
+    """ControlNet.
+
+    hint_channels: widths of the hint encoder, which halves the picture between them, down to the latent grid: one more
+    than the halvings; connector_width: hidden width of the zero convolutions (None: none, as published);
+    condition_space: "pixel", as published.
+    """
+
+    families: ClassVar = ("unet",)
+    grad_through_backbone: ClassVar = True
+    identity_at_init: ClassVar = True
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        objective: Objective,
+        optimizer: OptimizerRecipe | None,
+        name: str,
+        hint_channels: tuple[int, ...] = (16, 32, 96, 256),
+        connector_width: int | None = None,
+        condition_space: ConditionSpace = "pixel",
+        checkpointing: bool = False,
+    ):
+        from diffusers.models.controlnets.controlnet import ControlNetConditioningEmbedding
+
+        chosen = {"hint_channels": hint_channels}
+        super().__init__(backbone, objective, optimizer, name, condition_space, checkpointing, **chosen)
+        facts = backbone.facts
+        plans = backbone.step_plans()
+        self.encoder = list(range(facts.middle))
+        self.has_middle = plans[facts.middle].kind == "mid"
+        self.entry = backbone.copy_entry()
+        self.copies = backbone.copy_steps(self.encoder + [facts.middle] * self.has_middle)
+        self.hint = ControlNetConditioningEmbedding(facts.width, 3, tuple(hint_channels))
+        widths = facts.widths[: facts.middle + 1]
+        # one per skip and one for the middle, whose width is that of the last skip
+        self.connectors = nn.ModuleList(zero_layer(w, True, connector_width) for w in (*widths, widths[-1]))
+
+    @classmethod
+    def refusal(cls, facts: BackboneFacts, **options: Any) -> str | None:
+        if facts.family != "unet":
+            return f"{super().refusal(facts)}; use adapter=dit_controlnet"
+        if options.get("condition_space", "pixel") != "pixel":
+            return "its hint encoder reads pictures: adapter.condition_space=pixel"
+        hint = options.get("hint_channels", (16, 32, 96, 256))
+        if 2 ** (len(hint) - 1) != facts.factor:
+            return f"adapter.hint_channels={list(hint)} halves {len(hint) - 1} times, latents are {facts.factor} times smaller"
+        return None
+
+    @classmethod
+    def widened(cls, facts: BackboneFacts, width: int, **options: Any) -> dict[str, Any]:
+        return {"connector_width": width}
+
+    def parts(self) -> dict[str, nn.Module]:
+        return {"copies": self.copies, "connectors": self.connectors, "hint": self.hint, "entry": self.entry}
+
+    def encode_condition(self, condition: Tensor) -> Tensor:
+        """Pictures in [0, 1] -> (B, D, H, W) on the latent grid."""
+        return self.hint(condition)
+
+    def residuals(self, backbone: Backbone, x_BCHW: Tensor, t_B: Tensor, text: TextCond, features: Tensor) -> list[Tensor]:
+        """What is added to each skip, the shallowest first, and last to the middle."""
+        state = backbone.begin(x_BCHW, t_B, text, self.entry)
+        hinted = state.x + features
+        state = state.with_(x=hinted, skips=(hinted,))
+        for copied in self.copies:
+            state = self.recompute(backbone.run, copied, state)
+        return [connect(f) for connect, f in zip(self.connectors, (*state.skips, state.x), strict=True)]
+
+    def predict(
+        self, backbone: Backbone, x_BCHW: Tensor, t_B: Tensor, text: TextCond, features: Tensor, scale: float = 1.0
+    ) -> Tensor:
+        if scale == 0:
+            with torch.no_grad():
+                return backbone.predict(x_BCHW, t_B, text)
+        with torch.no_grad():
+            state = backbone.begin(x_BCHW, t_B, text)
+            for k in range(len(self.copies)):
+                state = backbone.run(k, state)
+        *to_skips, to_middle = self.residuals(backbone, x_BCHW, t_B, text, features)
+        skips = tuple(s + scale * r for s, r in zip(state.skips, to_skips, strict=True))
+        state = state.with_(x=state.x + scale * to_middle, skips=skips)
+        for k in range(len(self.copies), backbone.facts.depth):
+            state = self.recompute(backbone.run, k, state)
+        return backbone.end(state)
