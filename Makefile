@@ -24,7 +24,7 @@ train: $(STAMP) ## the main job: UniCon on the embedded SD3 with canny edges, ab
 	$(BIN)/python -m src.train +experiment=unicon_sd3_canny
 
 test: $(STAMP) ## the tests, under 15 minutes on 2 cores
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-all: $(STAMP) ## also the long ones
 	$(BIN)/python -m pytest -m ''

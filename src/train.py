@@ -7,6 +7,7 @@ The last line printed is `run: <folder>`; what is in it: README.md.
 
 import datetime
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from src import build
+from src import build, support
 from src.callbacks.base import Preempted
 from src.callbacks.control import ControlValidation
 from src.callbacks.meter import ThroughputMeter, peak_mem_gib
@@ -56,7 +57,8 @@ def train(cfg: DictConfig, typed: list[str], experiment: str | None = None) -> P
     cfg, chosen = matched(cfg, made.backbone)
     if chosen:
         print(chosen, flush=True)
-    check_memory(cfg, made)
+    if not cfg.resume:  # refused before a folder is made; a resumed run is judged by its own configuration
+        check_memory(cfg, made)
     run = open_run(cfg, typed)
     if (run.folder / "results.json").exists():
         print(f"already finished\nrun: {run.folder}", flush=True)
@@ -64,6 +66,8 @@ def train(cfg: DictConfig, typed: list[str], experiment: str | None = None) -> P
     if run.resumed:
         run.cfg = resolve_hardware(run.cfg)  # the machine may be another one now
         made = build.plan(run.cfg)
+    if cfg.resume:
+        check_memory(run.cfg, made)
     began = time.monotonic()
     world = build.load_world(run.cfg, made)
     print(f"backbone and data ready in {time.monotonic() - began:.0f} s", flush=True)
@@ -144,6 +148,9 @@ def announce(cfg: DictConfig, world: build.World, adapter, arm: str) -> dict:
     split = ", ".join(f"{k} {v:.3f}" for k, v in parts.items())
     print(f"{cfg.adapter.name}{' without condition' if arm else ''} on {cfg.backbone.name}: frozen {frozen:.2f} M, ", end="")
     print(f"trainable {sum(parts.values()):.2f} M ({split})", flush=True)
+    if adapter.unreached:
+        idle = sum(adapter.get_parameter(name).numel() for name in adapter.unreached) / 1e6
+        print(f"not trained, for nothing reads what they compute: {idle:.3f} M ({adapter.unreached[0]}, ...)", flush=True)
     return {"frozen_m": frozen, "trainable_m": sum(parts.values()), "arm": arm or "with_condition"}
 
 
@@ -240,4 +247,7 @@ def say_results(results: Result, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    cli("train", main)
+    if "--list" in sys.argv[1:]:
+        print(support.table(), support.reasons(), sep="\n\n")
+    else:
+        cli("train", main)

@@ -200,10 +200,18 @@ def test_every_command_of_the_documents_works(document, words, finished, tmp_pat
         return
     assert words[:2] == ["python", "-m"]
     entry, overrides = words[2].removeprefix("src."), words[3:]
-    if entry == "sample":
+    if entry == "export":
+        filled = [o.replace("runs/NAME/STAMP", str(finished[1])).replace("EXPORTED", str(tmp_path / "made")) for o in overrides]
+        done = run_entry(entry, *filled)
+        assert done.returncode == 0, done.stderr
+    elif entry == "sample":
         filled = [o.replace("runs/NAME/STAMP", str(finished[1])) for o in overrides]
         done = run_entry(entry, *filled, f"out={tmp_path}/one.png", "steps=2")
         assert done.returncode == 0, done.stderr
+    elif "--list" in overrides:
+        done = run_entry(entry, *overrides)
+        assert done.returncode == 0, done.stderr
+        assert "| unicon |" in done.stdout
     elif entry == "train" and not any("hardware=gpu" in o for o in overrides):
         ours = [o for o in overrides if not o.startswith("budget")]
         done = run_entry(entry, *ours, *QUICK, f"output_dir={tmp_path}", f"cache_dir={cache_dir}")

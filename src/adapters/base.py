@@ -82,6 +82,7 @@ class ControlAdapter(pl.LightningModule):
         self._frozen = (backbone,)  # a tuple hides it from the module tree
         self.objective, self.recipe, self.name, self.condition_space = objective, optimizer, name, condition_space
         self.checkpointing = checkpointing
+        self.unreached: tuple[str, ...] = ()
 
     @classmethod
     def refusal(cls, facts: BackboneFacts, **options: Any) -> str | None:

@@ -44,6 +44,11 @@ class UNetStep(nn.Module):
         self.kind = kind
         self.parts = nn.ModuleDict(parts)
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """torch.compile of what runs: a step itself is never called."""
+        for part in self.parts.values():
+            part.compile(*args, **kwargs)
+
 
 class UNet(Backbone):
     """Stable Diffusion 2.1 (2112.10752) and SDXL (2307.01952); see `Backbone`. SDXL's size conditions are those of an

@@ -1,0 +1,90 @@
+"""The paper's table of designs: copy x flow x connector, one engine, on every embedded transformer."""
+
+import itertools
+
+import pytest
+import torch
+
+from src import build
+from src.adapters.unicon import INEFFECTIVE
+from src.config import Unsupported, load
+from src.construct import construct
+from src.profiling.saved import saved_bytes
+from src.support import check_cell
+from src.types import UserError
+from tests.conftest import CPU
+from tests.contract.registry import node
+from tests.contract.test_adapters import alone, controlled, make_batch, shaken
+
+COPIES = ("encoder", "decoder", "skip_layer", "full")
+FLOWS = ("unidirectional", "bidirectional")
+CONNECTORS = ("zero_mlp", "share_attn", "zero_ft")
+DESIGNS = list(itertools.product(COPIES, FLOWS, CONNECTORS))
+EFFECTIVE = [d for d in DESIGNS if d[:2] != ("encoder", "unidirectional")]
+TRANSFORMERS = ("sd3_tiny", "pixart_tiny")
+
+
+@pytest.fixture(scope="module", params=TRANSFORMERS)
+def loaded(request):
+    backbone = construct(node("backbone", request.param)).load(CPU, torch.float32)
+    return request.param, backbone, backbone.encode_text(["a large red ball", "a small blue cube"], CPU)
+
+
+def configured(base, copy, flow, connector, *more):
+    chosen = [f"adapter.copy={copy}", f"adapter.flow={flow}", f"adapter.connector={connector}"]
+    return load("train", ["adapter=unicon", f"backbone={base}", "hardware=cpu", *chosen, *more])
+
+
+@pytest.mark.parametrize("design", EFFECTIVE, ids="-".join)
+def test_a_design_starts_as_the_backbone_and_trains_all_of_itself(loaded, design):
+    base, backbone, text = loaded
+    adapter = build.new_adapter(configured(base, *design), backbone, training=False)
+    batch = make_batch(adapter, backbone, text)
+    start = (controlled(adapter, backbone, batch) - alone(adapter, backbone, batch)).abs().max()
+    assert float(start.detach()) <= 1e-5
+    report = saved_bytes(lambda: shaken(adapter).losses(batch).mean(), [adapter], backbone)
+    assert (report.backbone_bytes > 0) == adapter.grad_through_backbone == (design[1] == "bidirectional")
+    adapter.losses(batch).mean().backward()
+    bare = [n for n, p in adapter.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.abs().any())]
+    assert bare == []
+    with torch.no_grad():
+        one = controlled(adapter, backbone, batch)
+        batch.condition = batch.condition.flip(0)
+        assert (controlled(adapter, backbone, batch) - one).abs().max() > 1e-4
+
+
+def test_the_table_has_the_papers_cells():
+    assert len(DESIGNS) == 24
+    assert len(EFFECTIVE) == 21
+
+
+@pytest.mark.parametrize("connector", CONNECTORS)
+def test_the_ineffective_cell_is_refused_with_the_papers_reason(loaded, connector):
+    base, backbone, _ = loaded
+    with pytest.raises(Unsupported, match="ineffective"):
+        check_cell(configured(base, "encoder", "unidirectional", connector), backbone)
+    with pytest.raises(UserError, match="no trained block is left"):
+        build.new_adapter(configured(base, "encoder", "unidirectional", connector), backbone, training=False)
+    assert "copy=decoder" in INEFFECTIVE
+
+
+@pytest.mark.parametrize("change", ["adapter.copy=skip_layer", "adapter.flow=bidirectional", "adapter.connector=share_attn"])
+def test_a_u_net_is_refused_what_is_defined_on_transformers(change):
+    cfg = load("train", ["adapter=unicon", "backbone=sd21_tiny", "hardware=cpu", change])
+    with pytest.raises(Unsupported, match=r"defined on transformers.*on this backbone: controlnet"):
+        check_cell(cfg, construct(cfg.backbone))
+
+
+@pytest.mark.parametrize(("copy", "blocks", "indices"), [("full", 2, [-2, -1]), ("decoder", 1, [-1]), ("encoder", 2, [0, 1])])
+def test_another_number_of_blocks(loaded, copy, blocks, indices):
+    base, backbone, _ = loaded
+    flow = "bidirectional" if copy == "encoder" else "unidirectional"
+    cfg = configured(base, copy, flow, "zero_ft", f"adapter.blocks={blocks}")
+    adapter = build.new_adapter(cfg, backbone, training=False)
+    assert adapter.indices == [i % backbone.facts.depth for i in indices]
+
+
+def test_too_many_blocks_are_refused(loaded):
+    base, backbone, _ = loaded
+    with pytest.raises(Unsupported, match=f"1 to {backbone.facts.depth} blocks"):
+        check_cell(configured(base, "full", "unidirectional", "zero_ft", "adapter.blocks=99"), backbone)

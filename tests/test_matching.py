@@ -1,0 +1,101 @@
+"""Equal sizes: params_match finds a depth or width, or says that there is none; recipes and their noise levels."""
+
+import pytest
+import torch
+
+from src import build
+from src.config import ConfigError, load
+from src.construct import construct
+from src.matching import matched
+from src.objectives import EpsilonPrediction, FlowMatching
+from src.types import UserError
+from tests.conftest import CPU, ROOT
+
+
+def found(adapter, backbone, target):
+    """-> (configuration with what was chosen, trainable millions as built on real weights)."""
+    cfg = load("train", [f"adapter={adapter}", f"backbone={backbone}", f"adapter.params_match={target}", "hardware=cpu"])
+    base = construct(cfg.backbone)
+    cfg, line = matched(cfg, base)
+    made = build.new_adapter(cfg, base.load(CPU, torch.float32), training=False)
+    return cfg, sum(p.numel() for p in made.parameters() if p.requires_grad) / 1e6, line
+
+
+@pytest.mark.parametrize(
+    ("adapter", "backbone", "target", "size"),
+    [
+        ("unicon", "sd3_tiny", "dit_controlnet", 1.781),  # by depth
+        ("dit_controlnet", "sd3_tiny", "3", 3.0),  # by depth and width
+        ("t2i_adapter", "pixart_tiny", "unicon_half", 1.249),  # by width
+        ("t2i_adapter", "sd21_tiny", "controlnet", 2.120),
+        ("controlnet", "sd21_tiny", "unicon_half", 2.953),
+        ("dit_controlnet", "sd3_tiny", "unicon_half", 1.732),  # fits as it is
+    ],
+)
+def test_sizes_agree_within_three_percent(adapter, backbone, target, size):
+    cfg, millions, line = found(adapter, backbone, target)
+    assert abs(millions / size - 1) <= 0.031
+    assert f"{millions:.3f} M with" in line
+    assert cfg.adapter.params_match in (target, float(target) if target.isdigit() else target)
+
+
+def test_a_method_that_already_fits_keeps_its_published_shape():
+    cfg, _, line = found("dit_controlnet", "sd3_tiny", "unicon_half")
+    assert (cfg.adapter.blocks, cfg.adapter.connector_width) == (None, None)
+    assert line.endswith("as it is")
+
+
+def test_without_it_nothing_is_changed():
+    cfg = load("train", ["hardware=cpu"])
+    assert matched(cfg, construct(cfg.backbone)) == (cfg, None)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "backbone", "target", "message"),
+    [
+        ("template", "sd3_tiny", "unicon", "no depth or width near .* match the other way round"),
+        ("unicon", "sd3_tiny", "controlnet", "on this backbone: .*dit_controlnet"),
+        ("unicon", "sd3_tiny", "unicorn", "neither a number of millions nor an adapter"),
+    ],
+)
+def test_what_cannot_be_matched_is_refused(adapter, backbone, target, message):
+    with pytest.raises(UserError, match=message):
+        found(adapter, backbone, target)
+
+
+def test_a_list_is_no_size():
+    with pytest.raises(ConfigError, match="params_match"):
+        load("train", ["adapter.params_match=[1]"])
+
+
+# ---- recipes ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_recipe_composes_and_states_its_source():
+    for file in sorted((ROOT / "conf" / "recipe").glob("*.yaml")):
+        cfg = load("train", [f"recipe={file.stem}", "hardware=cpu"])
+        assert cfg.time_law in ("native", "cubic")
+        assert file.stem == "fair" or "arXiv" in file.read_text() or "diffusers examples" in file.read_text(), file
+
+
+def test_a_recipe_changes_how_and_not_what():
+    fair, own = load("train", ["hardware=cpu"]), load("train", ["recipe=t2i_adapter", "hardware=cpu"])
+    assert (own.time_law, own.caption_dropout, own.budget.effective_batch) == ("cubic", 0.0, 8)
+    assert own.optimizer.algorithm.lr == 1e-5
+    assert fair.optimizer.algorithm.lr != own.optimizer.algorithm.lr
+    assert own.adapter == fair.adapter
+
+
+@pytest.mark.parametrize("objective", [FlowMatching(), EpsilonPrediction()])
+def test_the_cubic_law_prefers_high_noise(objective):
+    u = (torch.arange(1000) + 0.5) / 1000
+    t = objective.with_time_law("cubic").sample_t(u)
+    assert torch.allclose(t, (1 - u.double() ** 3).float(), atol=1.1e-3)
+    assert float(t.mean()) == pytest.approx(0.75, abs=2e-3)
+    assert float(objective.sample_t(u).mean()) == pytest.approx(0.5, abs=2e-3)
+    assert objective.time_law == "native"
+
+
+def test_an_unknown_law_is_refused():
+    with pytest.raises(ConfigError, match="time_law=cubick is not one of native, cubic; did you mean cubic"):
+        load("train", ["time_law=cubick"])
