@@ -12,10 +12,10 @@ ROWS = [
     {"sampling", "checkpoint", "profiling", "metrics"},
     {"adapters"},
     {
-        "callbacks", "config", "build", "control_score", "embedded",
-        "loggers", "plots", "results", "runs",
+        "callbacks", "config", "build", "construct", "control_score", "embedded",
+        "interop", "loggers", "matching", "plots", "results", "runs", "support",
     },
-    {"train", "evaluate", "sample", "bench", "prepare", "report"},
+    {"train", "evaluate", "sample", "bench", "prepare", "report", "export"},
 ]  # fmt: skip
 ROW = {name: number for number, names in enumerate(ROWS) for name in names}
 # adapters never import a task, tasks never import a backbone, a backbone knows no adapter

@@ -27,7 +27,8 @@ from src.config.rules import NOT_SCIENCE, accumulation, check_together, config_s
 from src.objectives import TIME_LAWS
 from src.types import UserError
 
-__all__ = ["CONF", "NOT_SCIENCE", "ConfigError", "ExportConfig", "Incompatible", "PrepareConfig", "SampleConfig", "TrainConfig", "Unsupported"]
+__all__ = ["CONF", "NOT_SCIENCE", "ConfigError", "Incompatible", "Unsupported"]
+__all__ += ["ExportConfig", "PrepareConfig", "SampleConfig", "TrainConfig"]
 __all__ += ["accumulation", "cli", "config_sha", "load", "preflight", "resolve_hardware", "science_diff"]
 
 MAX_SWEPT_VALUES = 16  # values of one key that are checked before a sweep starts; each job checks itself in any case
