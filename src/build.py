@@ -17,7 +17,7 @@ from src.adapters.base import ControlAdapter, OptimizerRecipe, unreached
 from src.backbones.base import Backbone
 from src.backbones.codec import Codec
 from src.callbacks.base import RunContext
-from src.checkpoint import AdapterCheckpointIO, fitting_weights
+from src.checkpoint import AdapterCheckpointIO, fitting_weights, read_meta
 from src.config import accumulation, config_sha
 from src.construct import construct, partial
 from src.control_score import HeldOut
@@ -170,10 +170,13 @@ def new_adapter(cfg: DictConfig, backbone: Backbone, training: bool = True) -> C
 def load_sampler(cfg: DictConfig, checkpoint: Path) -> Sampler:
     """Backbone, codec, task and the adapter's averaged weights from a checkpoint folder. Refuses one that does not fit."""
     device = device_of(cfg)
-    backbone = construct(cfg.backbone, resolution=cfg.resolution).load(device, backbone_dtype(cfg))
+    # in the precision of the training first, in which its hash was taken
+    trained_in = getattr(torch, read_meta(checkpoint).get("backbone_dtype", "float32"))
+    backbone = construct(cfg.backbone, resolution=cfg.resolution).load(device, trained_in)
     adapter = new_adapter(cfg, backbone, training=False)
     meta = {"adapter": cfg.adapter.name, "backbone": backbone.facts.source, "backbone_hash": backbone.weight_hash()}
     adapter.load_state_dict(fitting_weights(checkpoint, adapter.state_dict(), meta))
+    torch.nn.Module.to(backbone.net, backbone_dtype(cfg))
     return Sampler(backbone, backbone.load_codec(device), construct(cfg.task), adapter.to(device).eval())
 
 
@@ -196,6 +199,7 @@ def identity(cfg: DictConfig, world: World) -> dict:
         "backbone": facts.source,
         "backbone_revision": facts.revision,
         "backbone_hash": world.backbone_hash,
+        "backbone_dtype": str(backbone_dtype(cfg)).removeprefix("torch."),
         "task": cfg.task.name,
         "config_sha": config_sha(cfg),
     }

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from src.objectives import FlowMatching, Objective
-from src.types import Features, TextCond
+from src.types import Features, TextCond, UserError
 
 Predict = Callable[[Tensor, Tensor, TextCond, Features | None], Tensor]
 
@@ -46,8 +46,10 @@ def denoise(
 
     predict(x, t, text, features) -> what the objective's network predicts, t in [0, 1]; features: what control needs, per
     image, or None. guidance: classifier-free scale; 1 skips the unconditional half. Control acts on both halves, as in
-    diffusers' ControlNet pipelines.
+    diffusers' ControlNet pipelines. Raises UserError for fewer steps than the solver can take.
     """
+    if steps < 2 and not isinstance(objective, FlowMatching):
+        raise UserError(f"steps={steps}: the solver of diffusion models wants at least 2")
     scheduler.set_timesteps(steps, device=noise_BCHW.device)
     x, guided = noise_BCHW, guidance != 1  # the solvers of `solver_for` begin at unit noise
     both = TextCond.cat([empty.expand(len(x)), text]) if guided else text

@@ -214,6 +214,7 @@ def collect(cfg: DictConfig, world: build.World, outcome: dict, arm: dict | None
             },
             "optimizer": cfg.optimizer.algorithm["_target_"],
             "tf32": torch.backends.cuda.matmul.allow_tf32,
+            "solver": type(world.held.solver).__name__,
             "sampling_steps": cfg.validation.steps,
             "guidance": cfg.validation.guidance,
         },

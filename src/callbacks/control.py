@@ -150,7 +150,7 @@ class ControlValidation(StepCallback):
         """Condition maps as files, to try `python -m src.sample` with; their prompts stand beside them."""
         folder, held = self.run.folder / "examples", self.run.held
         folder.mkdir(exist_ok=True)
-        for row in range(GRID_ROWS):
+        for row in range(min(GRID_ROWS, len(held.images))):
             Image.fromarray(held.conditions[row]).save(folder / f"condition-{row}.png")
             (folder / f"condition-{row}.txt").write_text(held.stores.captions[row] + "\n")
 
