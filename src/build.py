@@ -161,7 +161,8 @@ def new_adapter(cfg: DictConfig, backbone: Backbone, training: bool = True) -> C
         is_hollow = backbone.net is not None and next(backbone.net.parameters()).is_meta
         hollow = backbone if is_hollow else backbone.hollow(torch.float32)
         probe = made(hollow)
-        dead = unreached(probe, blank_batch(hollow.facts, probe.condition_space, 1, hollow.facts.multiple))
+        # not the smallest size: at one pixel every shape fits every other
+        dead = unreached(probe, blank_batch(hollow.facts, probe.condition_space, 1, 2 * hollow.facts.multiple))
     adapter = made(backbone)
     adapter.freeze_unreached(dead)
     return adapter

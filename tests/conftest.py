@@ -1,9 +1,11 @@
-"""Shared fixtures: the embedded backbone, random ones of other shapes, and small runs through the real entries."""
+"""Shared fixtures: the embedded backbones, random ones of other shapes, and small runs through the real entries."""
 
 import copy
+import json
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -55,44 +57,62 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def _sd3_tiny():
-    from src.backbones.mmdit import SD3
+def _loaded():
+    from src.construct import construct
+    from tests.contract.registry import node
 
-    return SD3(name="sd3_tiny", source="embedded:sd3_tiny", native_resolution=64, t5_tokens=0).load(CPU, torch.float32)
+    return cache(lambda name: construct(node("backbone", name)).load(CPU, torch.float32))
 
 
 @pytest.fixture
-def sd3_tiny(_sd3_tiny):
+def sd3_tiny(_loaded):
     """The embedded SD3; a shallow copy per test around the same frozen network."""
-    return copy.copy(_sd3_tiny)
-
-
-def random_sd3(sd3_tiny, **changes):
-    """A backbone of the SD3 class with random weights and another configuration: SD3.5's qk-norm, dual attention."""
-    from diffusers import SD3Transformer2DModel
-
-    torch.manual_seed(0)
-    config = {k: v for k, v in sd3_tiny.net.config.items() if not k.startswith("_")} | changes
-    other = copy.copy(sd3_tiny)
-    other._modules = dict(sd3_tiny._modules)
-    net = SD3Transformer2DModel(**config)
-    with torch.no_grad():  # a fresh network is too close to linear to find a mistake in the order of its parts
-        for p in net.parameters():
-            p.add_(0.05 * torch.randn_like(p))
-    return other.attach(net)
+    return copy.copy(_loaded("sd3_tiny"))
 
 
 @pytest.fixture
-def sd35_random(sd3_tiny):
-    """SD3.5-medium in small: RMS-normed queries and keys, dual attention in the first blocks."""
-    return random_sd3(sd3_tiny, qk_norm="rms_norm", dual_attention_layers=(0, 1, 2))
+def pixart_tiny(_loaded):
+    """The embedded PixArt-alpha, in the same way."""
+    return copy.copy(_loaded("pixart_tiny"))
 
 
 @pytest.fixture
-def inputs():
-    """A batch of two: latents (2, 16, 8, 8), t, text condition."""
+def sd21_tiny(_loaded):
+    """The embedded Stable Diffusion 2.1, in the same way."""
+    return copy.copy(_loaded("sd21_tiny"))
+
+
+@pytest.fixture
+def random_backbone(tmp_path, monkeypatch):
+    """Makes a backbone of any class and shape with random weights, through the source that serves to measure memory."""
+    from src.backbones import source
+
+    def make(kind, pipeline, configs, dtype=torch.float32, **options):
+        index = {"_class_name": pipeline, **{part: ["diffusers", c.get("_class_name", "-")] for part, c in configs.items()}}
+        file = tmp_path / "shapes.json"
+        file.write_text(json.dumps({"small": {"": index, **configs}}))
+        monkeypatch.setattr(source, "SHAPES", file)
+        backbone = kind(name="small", source="random:small", native_resolution=64, **options).load(CPU, torch.float32)
+        gen = torch.Generator().manual_seed(1)
+        with torch.no_grad():  # a fresh network is too close to linear to find a mistake in the order of its parts
+            for p in backbone.net.parameters():
+                p.add_(0.05 * torch.randn(p.shape, generator=gen))
+        torch.nn.Module.to(backbone.net, dtype)  # diffusers' own warns
+        return backbone
+
+    return make
+
+
+def noisy_inputs(backbone, height=8, width=8):
+    """A batch of two for a backbone: latents, t of the thousand steps' 300th and 900th, captions with some padding."""
     from src.types import TextCond
 
-    gen = torch.Generator().manual_seed(0)
-    text = TextCond(torch.randn(2, 24, 128, generator=gen), torch.randn(2, 128, generator=gen))
-    return torch.randn(2, 16, 8, 8, generator=gen), torch.tensor([0.3, 0.9]), text
+    gen, facts = torch.Generator().manual_seed(0), backbone.facts
+    tokens = torch.randn(2, facts.text_tokens, facts.text_width, generator=gen)
+    pooled = torch.randn(2, facts.pooled_width, generator=gen) if facts.pooled_width else None
+    mask = torch.ones(2, facts.text_tokens) if facts.text_mask else None
+    if facts.text_mask:
+        mask[0, 3:] = 0
+        mask[1, 5:] = 0
+    latents = torch.randn(2, facts.latent_channels, height, width, generator=gen)
+    return latents, torch.tensor([0.3, 0.9]), TextCond(tokens, pooled, mask)

@@ -6,10 +6,33 @@ import shutil
 import pytest
 import torch
 
+from src import build
 from src.backbones.mmdit import SD3
 from src.backbones.source import EMBEDDED_ROOT, ModelSource, SourceError
+from src.config import load
+from src.profiling.memory import blank_batch
+from src.sampling import denoise, solver_for
 from src.types import UserError
-from tests.conftest import CPU, ROOT, run_entry
+from tests.conftest import CPU, ROOT, noisy_inputs, run_entry
+
+
+def tiny(source="embedded:sd3_tiny", **options):
+    """An SD3 of which nothing is loaded."""
+    return SD3(**{"name": "x", "source": source, "native_resolution": 64, "t5_tokens": 0} | options)
+
+
+@pytest.fixture
+def inputs(sd3_tiny):
+    return noisy_inputs(sd3_tiny)
+
+
+@pytest.fixture
+def sd35_random(sd3_tiny, random_backbone):
+    """SD3.5-medium in small: RMS-normed queries and keys, dual attention in the first blocks."""
+    configs = {part: sd3_tiny.model.config(part) for part in ("transformer", "vae", "text_encoder", "scheduler")}
+    configs["transformer"] |= {"qk_norm": "rms_norm", "dual_attention_layers": [0, 1, 2]}
+    configs["tokenizer"] = {}
+    return random_backbone(SD3, "StableDiffusion3Pipeline", configs, t5_tokens=0)
 
 
 def reference(backbone, x, t, text):
@@ -56,17 +79,41 @@ def test_run_returns_a_new_state(sd3_tiny, inputs):
     assert torch.equal(state.text, before[1])
 
 
-def test_copies_do_not_touch_the_backbone(sd3_tiny, inputs):
+def test_copies_do_not_touch_the_backbone(sd3_tiny):
     config, digest = dict(sd3_tiny.net.config), sd3_tiny.weight_hash()
     copies = sd3_tiny.copy_steps([0, 5])
     with torch.no_grad():
         for p in copies.parameters():
             p.zero_()
     assert all(p.dtype == torch.float32 for p in copies.parameters())
-    dead = [n for n, p in copies.named_parameters() if not p.requires_grad]
-    assert dead == ["1.attn.add_q_proj.weight", "1.attn.add_q_proj.bias"]  # the text output of the last block is dropped
+    assert all(p.requires_grad for p in copies.parameters())
     assert sd3_tiny.weight_hash() == digest
     assert dict(sd3_tiny.net.config) == config
+
+
+def test_what_the_last_copy_computes_in_vain_is_frozen(sd3_tiny):
+    """Of the last block's text only keys and values are read. Autograd finds what is not reached; the queries it reaches,
+    but what they give is cut off."""
+    queries = ["copies.5.attn.add_q_proj.weight", "copies.5.attn.add_q_proj.bias"]
+    full = build.new_adapter(load("train", ["adapter=unicon", "hardware=cpu"]), sd3_tiny, training=False)
+    assert [n for n, p in full.named_parameters() if not p.requires_grad] == queries
+    # a copy of an inner block has a text output, which nobody reads behind the last copy
+    inner = build.new_adapter(load("train", ["adapter=dit_controlnet", "hardware=cpu"]), sd3_tiny, training=False)
+    dead = {n for n, p in inner.named_parameters() if not p.requires_grad}
+    inside = ("attn.add_q_proj.", "attn.to_add_out.", "ff_context.net.0.proj.", "ff_context.net.2.")
+    assert dead == {f"copies.2.{part}{kind}" for part in inside for kind in ("weight", "bias")}
+    # the rest of what is dead are rows of a weight: gate, and shift, scale and gate of the layers behind the attention
+    with torch.no_grad():
+        for p in inner.parameters():
+            p.add_(0.02)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        batch = blank_batch(sd3_tiny.facts, "latent", 2, 64)
+        for x in (batch.latents_BCHW, batch.noise_BCHW, batch.condition, batch.text.tokens_BLD):
+            x.normal_()
+    inner.losses(batch).sum().backward()
+    rows = inner.copies[2].norm1_context.linear.weight.grad.abs().amax(1).unflatten(0, (6, 128)).amax(1)
+    assert (rows > 0).tolist() == [True, True, False, False, False, False]
 
 
 def test_stays_frozen_and_in_evaluation_mode(sd3_tiny):
@@ -99,8 +146,6 @@ def test_codec_refuses_pictures_out_of_range(sd3_tiny):
 
 def test_sampler_equals_the_stock_pipeline(sd3_tiny):
     """Same noise, levels and guidance: our loop over the unrolled network and diffusers' own make the same picture."""
-    from src.sampling import euler_flow, flow_levels
-
     pipe = stock_pipeline()
     pipe.set_progress_bar_config(disable=True)
     noise = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(3))
@@ -110,8 +155,8 @@ def test_sampler_equals_the_stock_pipeline(sd3_tiny):
         latents=noise.clone(), output_type="latent",
     ).images  # fmt: skip
     text, empty = sd3_tiny.encode_text([caption], CPU), sd3_tiny.encode_text([""], CPU)
-    levels = flow_levels(sd3_tiny.scheduler(), 5)
-    ours = euler_flow(lambda x, t, c, _: sd3_tiny.predict(x, t, c), noise, levels, text, empty, None, 3.0)
+    solver = solver_for(sd3_tiny.objective, sd3_tiny.scheduler())
+    ours = denoise(lambda x, t, c, _: sd3_tiny.predict(x, t, c), noise, solver, sd3_tiny.objective, 5, text, empty, None, 3.0)
     assert torch.allclose(ours, theirs, atol=1e-4)
 
 
@@ -121,12 +166,12 @@ def test_sampler_equals_the_stock_pipeline(sd3_tiny):
 @pytest.mark.parametrize(("resolution", "near"), [(920, "912 or 928"), (70, "64 or 80"), (8, "16 or 32")])
 def test_resolution_names_the_nearest_legal_ones(resolution, near):
     with pytest.raises(UserError, match=near):
-        SD3("x", "embedded:sd3_tiny", 64, 0, resolution=resolution)
+        tiny(resolution=resolution)
 
 
 def test_unknown_embedded_name_says_how_to_make_it():
     with pytest.raises(SourceError, match=r"python -m src\.prepare"):
-        SD3("x", "embedded:sd3_huge", 64, 0)
+        tiny("embedded:sd3_huge")
 
 
 @pytest.mark.parametrize("source", ["./nowhere", "/nowhere/at/all", "a/b/c"])
@@ -136,11 +181,11 @@ def test_a_path_that_is_no_folder_never_reaches_the_hub(source, monkeypatch):
         ModelSource(source).check(("transformer",))
 
 
-def test_a_local_folder_never_reaches_the_hub(tmp_path, monkeypatch, inputs):
+def test_a_local_folder_never_reaches_the_hub(tmp_path, monkeypatch):
     for name in ("hf_hub_download", "snapshot_download"):
         monkeypatch.setattr(f"huggingface_hub.{name}", lambda *a, **k: pytest.fail("the hub was asked"))
     folder = shutil.copytree(EMBEDDED_ROOT / "sd3_tiny", tmp_path / "model")
-    backbone = SD3("x", str(folder), 64, 0).load(CPU, torch.float32)
+    backbone = tiny(str(folder)).load(CPU, torch.float32)
     backbone.encode_text(["a red ball"], CPU)
     backbone.load_codec(CPU)
     assert backbone.scheduler() is not None
@@ -150,13 +195,13 @@ def test_a_folder_without_a_part_names_it(tmp_path):
     folder = shutil.copytree(EMBEDDED_ROOT / "sd3_tiny", tmp_path / "model")
     shutil.rmtree(folder / "vae")
     with pytest.raises(SourceError, match="vae/ is missing"):
-        SD3("x", str(folder), 64, 0)
+        tiny(str(folder))
 
 
 def test_a_folder_of_another_kind_is_refused(tmp_path):
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline", "unet": ["d", "U"]}))
     with pytest.raises(SourceError, match="names no 'transformer'"):
-        SD3("x", str(tmp_path), 64, 0)
+        tiny(str(tmp_path))
 
 
 def _hub_error(kind):
@@ -190,7 +235,7 @@ def test_hub_failures_are_one_line_with_the_remedy(kind, remedy, monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
     with pytest.raises(SourceError, match=remedy) as caught:
-        SD3("x", "owner/model", 1024, 256, revision="abc", licence_url="https://licence.example")
+        tiny("owner/model", revision="abc", licence_url="https://licence.example")
     assert "\n" not in str(caught.value)
 
 

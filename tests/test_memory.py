@@ -1,13 +1,15 @@
 """The memory estimate against real steps on tiny models, and the proof that UniCon stores nothing of its backbone."""
 
 import math
+from functools import cache
 
 import pytest
 import torch
 from torch import nn
 
-from src.adapters.unicon import UniCon
+from src import build
 from src.backbones.mmdit import SD3
+from src.config import load
 from src.profiling import memory
 from src.profiling.memory import GIB, StorageTracker, blank_batch, describe, estimate_for, track_step
 from src.profiling.saved import saved_bytes
@@ -22,12 +24,12 @@ def folder(tmp_path_factory):
     """A whole untrained model of the embedded kind with two blocks, in the diffusers layout."""
     from diffusers import SD3Transformer2DModel
 
-    from src.embedded.sd3 import TinySD3, assemble
+    from src.embedded.sd3 import TinySD3
     from src.embedded.vae import build_vae
 
     path, model = tmp_path_factory.mktemp("sd3"), TinySD3(seed=0)
     model.transformer = SD3Transformer2DModel.from_config({**model.transformer.config, "num_layers": 2})
-    assemble(model, build_vae(SIZE)).save_pretrained(path)
+    model.pipeline(build_vae(SIZE)).save_pretrained(path)
     return str(path)
 
 
@@ -41,8 +43,16 @@ def loaded(backbone):
     return backbone.load(CPU, torch.float32)
 
 
-def unicon(**options):
-    return lambda backbone: UniCon(backbone, backbone.objective, None, "unicon", **options)
+@cache
+def settings(*overrides):
+    return load("train", ["adapter=unicon", "hardware=cpu", *overrides])
+
+
+def unicon(checkpointing=False, **options):
+    """Makes the adapter as a run does."""
+    overrides = [f"adapter.{key}={value}" for key, value in options.items()]
+    cfg = settings(f"hardware.checkpointing={checkpointing}", *overrides)
+    return lambda backbone: build.new_adapter(cfg, backbone, training=False)
 
 
 def estimate(backbone, build=None, **options):

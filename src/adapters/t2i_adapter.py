@@ -60,19 +60,19 @@ class T2IAdapter(ControlAdapter):
     def refusal(cls, facts: BackboneFacts, **options: Any) -> str | None:
         if options.get("condition_space", "pixel") != "pixel":
             return "it reads pictures: adapter.condition_space=pixel"
-        channels = options.get("channels")
+        channels, light = options.get("channels"), options.get("size") == "light"
         if facts.spatial:
             wanted = len(level_widths(facts))
             if channels and len(channels) != wanted:
                 return f"adapter.channels={list(channels)}: this U-Net takes {wanted} features, so write {wanted} widths"
+            if light and _is_xl(facts):
+                return "adapter.size=light has no features of the sizes that SDXL takes; use adapter.size=full"
             return None
-        if options.get("size", "full") == "light":
+        stages, most = len(channels or ()) or options.get("levels", 4), facts.depth // 2
+        if light:
             return "adapter.size=light is defined on U-Nets; on a transformer set adapter.channels"
-        stages = len(channels or ()) or options.get("levels", 4)
-        if not 1 <= stages <= facts.depth // 2:
-            most = facts.depth // 2
-            return f"{stages} stages do not fit into the first half of {facts.depth} blocks: adapter.levels={most} at most"
-        return None
+        fits = 1 <= stages <= most
+        return None if fits else f"{stages} stages do not fit into half of {facts.depth} blocks: adapter.levels={most} at most"
 
     @classmethod
     def widened(cls, facts: BackboneFacts, width: int, **options: Any) -> dict[str, Any] | None:
@@ -144,11 +144,15 @@ class WideTrunk(nn.Module):
         self.out = nn.ModuleList(nn.Conv2d(a, b, 1) for a, b in zip(widths, levels, strict=True))
 
     def forward(self, condition_B3HW: Tensor) -> list[Tensor]:
-        return [out(f) for out, f in zip(self.out, self.stock(condition_B3HW), strict=True)]
+        return [out(f) for out, f in zip(self.out, self.stock(condition_B3HW), strict=False)]  # light: one feature too many
 
 
 def unet_trunk(backbone: Backbone, size: str, channels: list[int] | None) -> nn.Module:
-    """diffusers' `T2IAdapter` for a U-Net: its class, its sizes. SDXL's has another shape ("full_adapter_xl")."""
+    """diffusers' `T2IAdapter` for a U-Net: its class, its sizes. SDXL's has another shape ("full_adapter_xl").
+
+    diffusers' light one adds a stage of the last width by itself, which is the last level's where two levels are equally
+    wide, as in Stable Diffusion; elsewhere it is one too many, and stays frozen.
+    """
     from diffusers import T2IAdapter as Stock
 
     facts, xl = backbone.facts, _is_xl(backbone.facts)
@@ -156,7 +160,8 @@ def unet_trunk(backbone: Backbone, size: str, channels: list[int] | None) -> nn.
     widths = channels or levels
     kind = "full_adapter_xl" if xl and size == "full" else f"{size}_adapter"
     down = facts.factor * (2 if xl else 1)
-    stock = Stock(in_channels=3, channels=widths, num_res_blocks=RESIDUAL_UNITS[size], downscale_factor=down, adapter_type=kind)
+    own = widths[:-1] if size == "light" and widths[-1] == widths[-2] else widths
+    stock = Stock(in_channels=3, channels=own, num_res_blocks=RESIDUAL_UNITS[size], downscale_factor=down, adapter_type=kind)
     return stock if channels is None else WideTrunk(stock, widths, levels)
 
 
