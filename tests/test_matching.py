@@ -80,7 +80,7 @@ def test_every_recipe_composes_and_states_its_source():
 
 def test_a_recipe_changes_how_and_not_what():
     fair, own = load("train", ["hardware=cpu"]), load("train", ["recipe=t2i_adapter", "hardware=cpu"])
-    assert (own.time_law, own.caption_dropout, own.budget.effective_batch) == ("cubic", 0.0, 8)
+    assert (own.time_law, own.caption_dropout) == ("cubic", 0.0)
     assert own.optimizer.algorithm.lr == 1e-5
     assert fair.optimizer.algorithm.lr != own.optimizer.algorithm.lr
     assert own.adapter == fair.adapter
