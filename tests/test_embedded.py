@@ -250,7 +250,7 @@ def test_a_shipped_backbone_draws_what_it_is_told(shipped):
     right = accuracy(reader, drawn, scenes)
     assert min(right["colour"], right["floor"]) > 0.85, right
     said, unsaid = (scores["arms"][arm]["colour"]["value"] for arm in ("samples", "other_captions"))
-    assert said > 0.9
+    assert said > 0.85
     assert unsaid < 0.4
     assert scores["reader"]["hash"] == reader_hash(FOLDER)  # or scores and reader are of different days
 
