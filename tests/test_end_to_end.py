@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from src.config import CONF, load
 from src.results import read_results, read_rows
+from src.support import options
 from tests.conftest import QUICK, ROOT, run_entry, run_folder
-from tests.contract.registry import options
 from tests.wandb_reader import finished_run
 
 EXPERIMENTS = options("experiment")

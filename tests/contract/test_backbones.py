@@ -5,8 +5,9 @@ import torch
 from hydra.utils import instantiate
 
 from src.backbones.base import Backbone
+from src.support import options
 from tests.conftest import CPU
-from tests.contract.registry import EMBEDDED_BACKBONES, node, options
+from tests.contract.registry import EMBEDDED_BACKBONES, node
 
 
 @pytest.fixture(scope="module", params=EMBEDDED_BACKBONES)

@@ -5,7 +5,8 @@ import pytest
 from hydra.utils import instantiate
 
 from src.data.scenes import SceneSource
-from tests.contract.registry import node, options
+from src.support import options
+from tests.contract.registry import node
 
 SIZE = 64
 
