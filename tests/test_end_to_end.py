@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -77,7 +78,7 @@ def test_results_hold_every_arm_with_its_interval(finished):
     assert (result.experiment, result.adapter, result.task) == ("unicon_sd3_canny", "unicon", "canny")
     assert (result.images_seen, result.effective_batch, result.seed) == (64, 16, 0)
     assert result.command.startswith("python -m src.train +experiment=unicon_sd3_canny")
-    assert set(result.trainable_parts_m) == {"copies", "connectors", "stem", "head"}
+    assert set(result.trainable_parts_m) == {"copies", "connectors", "entries", "stem", "head"}
     assert result.step_time_ms > 0
     assert result.peak_mem_gib > 0
 
@@ -93,7 +94,7 @@ def test_the_checkpoint_holds_the_adapter_and_nothing_else(finished, sd3_tiny):
     frozen = sd3_tiny.net.state_dict()
     for name in ("adapter.safetensors", "adapter_ema.safetensors"):
         weights = load_file(folder / name)
-        assert {k.split(".")[0] for k in weights} == {"stem", "copies", "connectors", "head"}
+        assert {k.split(".")[0] for k in weights} == {"stem", "entries", "copies", "connectors", "head"}
         assert sum(t.numel() for t in weights.values()) < 3.7e6
     state = torch.load(folder / "state.pt", weights_only=True)
     assert "state_dict" not in state
@@ -216,7 +217,12 @@ def test_every_command_of_the_documents_works(document, words, finished, tmp_pat
         ours = [o for o in overrides if not o.startswith("budget")]
         done = run_entry(entry, *ours, *QUICK, f"output_dir={tmp_path}", f"cache_dir={cache_dir}")
         assert done.returncode == 0, done.stdout + done.stderr
-        assert (run_folder(done) / "results.json").exists()
+        if "-m" in ours:
+            folders = [line.removeprefix("run: ") for line in done.stdout.splitlines() if line.startswith("run: ")]
+            assert len(folders) == done.stderr.count("skipped: job") == 2
+            assert all((Path(folder) / "results.json").exists() for folder in folders)
+        else:
+            assert (run_folder(done) / "results.json").exists()
     else:
         load(entry, overrides)
 

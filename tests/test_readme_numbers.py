@@ -3,10 +3,14 @@
 import re
 
 import pytest
+import torch
 
+from src.construct import construct
 from src.results import read_results
-from tests.conftest import ROOT
+from tests.conftest import CPU, ROOT
+from tests.contract.registry import node
 
+COMMITTED = sorted(p.parent.name for p in (ROOT / "experiments").glob("*/results.json"))
 RESULT = ROOT / "experiments" / "unicon_sd3_canny" / "results.json"
 ROWS = {
     "right condition": "canny_f1",
@@ -35,11 +39,28 @@ def test_the_committed_result_proves_control():
         assert gain["ci95"][0] >= 0.25, arm
 
 
-def test_the_experiment_file_names_what_it_reached():
-    text = (ROOT / "conf" / "experiment" / "unicon_sd3_canny.yaml").read_text()
+@pytest.mark.parametrize("name", COMMITTED)
+def test_a_committed_experiment_follows_its_condition(name):
+    """At least 0.25 over another image's condition and over none, with an interval, on 256 held-out images or more."""
+    result = read_results(ROOT / "experiments" / name / "results.json")
+    assert result.experiment == name
+    for arm in ("wrong_condition", "no_condition"):
+        gain = result.metrics[f"canny_f1/gain_over_{arm}"]
+        assert gain["n"] >= 256
+        assert gain["ci95"][0] >= 0.25, arm
+
+
+@pytest.mark.parametrize("name", COMMITTED)
+def test_the_experiment_file_names_what_it_reached(name):
+    text = (ROOT / "conf" / "experiment" / f"{name}.yaml").read_text()
     said = float(re.search(r"^# reaches: canny_f1 (0\.\d+)", text, re.MULTILINE).group(1))
-    assert said == round(read_results(RESULT).metrics["canny_f1"]["value"], 2)
+    result = read_results(ROOT / "experiments" / name / "results.json")
+    assert said == round(result.metrics["canny_f1"]["value"], 2)
 
 
-def test_the_committed_result_belongs_to_the_shipped_backbone(sd3_tiny):
-    assert read_results(RESULT).backbone["hash"] == sd3_tiny.weight_hash()
+@pytest.mark.parametrize("name", COMMITTED)
+def test_a_committed_result_belongs_to_the_shipped_backbone(name):
+    result = read_results(ROOT / "experiments" / name / "results.json")
+    base = result.backbone["id"].removeprefix("embedded:")
+    backbone = construct(node("backbone", base)).load(CPU, torch.float32)
+    assert result.backbone["hash"] == backbone.weight_hash()

@@ -35,7 +35,8 @@ def test_facts_describe_the_network(backbone, state_inputs):
     facts = backbone.facts
     with torch.no_grad():
         state = backbone.begin(x, t, text)
-    assert state.x.shape[-1] == facts.width
+    assert state.x.shape[1 if facts.spatial else -1] == facts.width == facts.widths[0]
+    assert len(facts.widths) == facts.depth + 1
     assert text.tokens_BLD.shape[1:] == (facts.text_tokens, facts.text_width)
     assert len(backbone.steps()) == facts.depth
     assert facts.multiple % facts.factor == 0
