@@ -40,7 +40,7 @@ class T2IAdapter(ControlAdapter):
         name: str,
         size: Literal["full", "light"] = "full",
         channels: tuple[int, ...] | None = None,
-        levels: int = 4,
+        levels: int = 3,
         condition_space: ConditionSpace = "pixel",
         checkpointing: bool = False,
     ):
@@ -68,7 +68,7 @@ class T2IAdapter(ControlAdapter):
             if light and _is_xl(facts):
                 return "adapter.size=light has no features of the sizes that SDXL takes; use adapter.size=full"
             return None
-        stages, most = len(channels or ()) or options.get("levels", 4), facts.depth // 2
+        stages, most = len(channels or ()) or options.get("levels", 3), facts.depth // 2
         if light:
             return "adapter.size=light is defined on U-Nets; on a transformer set adapter.channels"
         fits = 1 <= stages <= most
@@ -79,7 +79,7 @@ class T2IAdapter(ControlAdapter):
         if facts.spatial:  # in the proportions of the levels
             levels = level_widths(facts)
             return {"channels": [max(1, width * w // levels[0]) for w in levels]}
-        return {"channels": [width] * options.get("levels", 4)}
+        return {"channels": [width] * options.get("levels", 3)}
 
     def parts(self) -> dict[str, nn.Module]:
         return {"trunk": self.trunk}
