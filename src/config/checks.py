@@ -119,11 +119,7 @@ def signature(node: Mapping[str, Any], group: str, key: str, where: Where) -> Si
         raise ConfigError(f"{where(key)}: {key} has no _target_, the class that it configures")
     target = locate(node["_target_"], key, where)
     injected = INJECTED.get(group, set()) | set(getattr(target, "injected", ()))
-    try:
-        hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
-    except (NameError, TypeError):
-        hints = {}
-    taken = inspect.signature(target).parameters.values()
+    taken, hints = _arguments(target)
     named = [p for p in taken if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) and p.name not in injected]
     return Signature(
         hints={p.name: hints.get(p.name, Any) for p in named} | BESIDE.get(group, {}),
@@ -131,6 +127,23 @@ def signature(node: Mapping[str, Any], group: str, key: str, where: Where) -> Si
         injected=injected,
         open=any(p.kind is p.VAR_KEYWORD for p in taken),
     )
+
+
+def _arguments(target: Any) -> tuple[list[inspect.Parameter], dict[str, Any]]:
+    """Parameters and annotations of a class or function. A constructor of this project that ends in `**common` hands that to
+    its base class, whose parameters then count as its own."""
+    call = target.__init__ if inspect.isclass(target) else target
+    try:
+        hints = typing.get_type_hints(call)
+    except (NameError, TypeError):
+        hints = {}
+    taken = list(inspect.signature(target).parameters.values())
+    passes_on = bool(taken) and taken[-1].kind is inspect.Parameter.VAR_KEYWORD
+    if passes_on and inspect.isclass(target) and target.__base__.__module__.startswith("src."):
+        above, their_hints = _arguments(target.__base__)
+        own = {p.name for p in taken}
+        return taken[:-1] + [p for p in above if p.name not in own], their_hints | hints
+    return taken, hints
 
 
 def fits(value: Any, hint: Any) -> bool:
