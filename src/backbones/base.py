@@ -144,6 +144,10 @@ class Backbone(nn.Module, ABC):
     def steps(self) -> Sequence[nn.Module]:
         """The K modules that `run` takes one at a time."""
 
+    def step_module(self, step: int | nn.Module) -> nn.Module:
+        """A step given by its number, or as it is."""
+        return self.steps()[step] if isinstance(step, int) else step
+
     @abstractmethod
     def _head(self) -> nn.Module:
         """The modules between the last step and the prediction."""
@@ -224,9 +228,10 @@ def _trainable(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module).float().requires_grad_(True).train()
 
 
-def split_heads(x_BTD: Tensor, heads: int) -> Tensor:
-    """(B, T, D) -> (B, heads, T, D / heads)."""
-    return x_BTD.unflatten(-1, (heads, -1)).transpose(1, 2)
+def project_heads(attn: nn.Module, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of a diffusers `Attention`, (B, heads, T, D / heads) each."""
+    q, k, v = (p(x_BTD).unflatten(-1, (attn.heads, -1)).transpose(1, 2) for p in (attn.to_q, attn.to_k, attn.to_v))
+    return q, k, v
 
 
 def unpatchify(x_BTQ: Tensor, grid: tuple[int, int], patch: int) -> Tensor:

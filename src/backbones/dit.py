@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from src.backbones.base import Backbone, split_heads, unpatchify
+from src.backbones.base import Backbone, project_heads, unpatchify
 from src.objectives import Diffusion, diffusion_of
 from src.text.stock import PixArtText
 from src.types import BackboneFacts, StreamState, TextCond
@@ -81,7 +81,7 @@ class PixArt(Backbone):
         return {"resolution": sizes, "aspect_ratio": ratio}
 
     def run(self, step: int | nn.Module, state: StreamState) -> StreamState:
-        block = self.net.transformer_blocks[step] if isinstance(step, int) else step
+        block = self.step_module(step)
         x_BTD = block(state.x, encoder_hidden_states=state.text, encoder_attention_mask=state.mask, timestep=state.time)
         return state.with_(x=x_BTD)
 
@@ -94,11 +94,10 @@ class PixArt(Backbone):
         return self.net.transformer_blocks
 
     def attention(self, step: int | nn.Module, state: StreamState) -> tuple[Tensor, Tensor, Tensor]:
-        block = self.net.transformer_blocks[step] if isinstance(step, int) else step
+        block = self.step_module(step)
         shift, scale = (block.scale_shift_table[None] + state.time.reshape(len(state.x), 6, -1)).chunk(6, dim=1)[:2]
         attn, normed_BTD = block.attn1, block.norm1(state.x) * (1 + scale) + shift
-        q, k, v = (split_heads(project(normed_BTD), attn.heads) for project in (attn.to_q, attn.to_k, attn.to_v))
-        return q, k, v
+        return project_heads(attn, normed_BTD)
 
     def _entry(self) -> nn.Module:
         return nn.ModuleDict({name: getattr(self.net, name) for name in ("pos_embed", "adaln_single", "caption_projection")})

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from src.backbones.base import Backbone, split_heads, unpatchify
+from src.backbones.base import Backbone, project_heads, unpatchify
 from src.objectives import FlowMatching
 from src.text.stock import SD3Text
 from src.types import BackboneFacts, StreamState, TextCond
@@ -67,7 +67,7 @@ class SD3(Backbone):
         return StreamState(x=x_BTD, text=text_BLD, time=time_BD, grid=(x_BCHW.shape[-2] // p, x_BCHW.shape[-1] // p))
 
     def run(self, step: int | nn.Module, state: StreamState) -> StreamState:
-        block = self.net.transformer_blocks[step] if isinstance(step, int) else step
+        block = self.step_module(step)
         text_BLD, x_BTD = block(hidden_states=state.x, encoder_hidden_states=state.text, temb=state.time)
         return state.with_(x=x_BTD, text=text_BLD)
 
@@ -80,9 +80,9 @@ class SD3(Backbone):
         return self.net.transformer_blocks
 
     def attention(self, step: int | nn.Module, state: StreamState) -> tuple[Tensor, Tensor, Tensor]:
-        block = self.net.transformer_blocks[step] if isinstance(step, int) else step
+        block = self.step_module(step)
         attn, normed_BTD = block.attn, block.norm1(state.x, emb=state.time)[0]
-        q, k, v = (split_heads(project(normed_BTD), attn.heads) for project in (attn.to_q, attn.to_k, attn.to_v))
+        q, k, v = project_heads(attn, normed_BTD)
         q = q if attn.norm_q is None else attn.norm_q(q)
         return q, k if attn.norm_k is None else attn.norm_k(k), v
 

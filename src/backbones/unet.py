@@ -126,7 +126,7 @@ class UNet(Backbone):
         return torch.cat([pooled_BP.float(), self.net.add_time_proj(ids).reshape(len(x_BCHW), -1)], dim=-1)
 
     def run(self, step: int | nn.Module, state: StreamState) -> StreamState:
-        step = self.steps()[step] if isinstance(step, int) else step
+        step = self.step_module(step)
         parts, x, skips = step.parts, state.x, state.skips
         if step.kind == "mid":
             return state.with_(x=self._middle(parts["block"], state))
