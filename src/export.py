@@ -8,29 +8,24 @@ UniCon as a network that takes the place of a stock pipeline's own (`form` choos
 
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from src import build
 from src.adapters.unicon import UniCon
 from src.backbones.base import Backbone
-from src.checkpoint import newest
 from src.config import cli
 from src.interop.dropin import ControlledNetwork
 from src.interop.export import export_adapter
+from src.runs import trained_run
 from src.types import UserError
 
 
 def main(cfg: DictConfig) -> None:
     """Read the run, write the folder, say how to load it. Raises UserError for a run or an adapter that cannot be exported."""
     run, out = Path(cfg.run), Path(cfg.out)
-    if not (run / "config.yaml").is_file():
-        raise UserError(f"run={cfg.run}: no config.yaml there; give a folder that `python -m src.train` printed as `run: ...`")
-    checkpoint = newest(run / "checkpoints")
-    if checkpoint is None:
-        raise UserError(f"run={cfg.run}: no checkpoint there; continue it: python -m src.train resume={cfg.run}")
+    trained, checkpoint = trained_run(cfg.run)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"out={cfg.out} is there already and not empty: name a new folder")
-    trained = OmegaConf.load(run / "config.yaml")
     trained.hardware.accelerator = "cpu"  # in the precision of the training: the backbone's hash is that of its rounded weights
     build.quiet()
     model = build.load_sampler(trained, checkpoint)

@@ -24,6 +24,17 @@ class Run:
         return newest(self.folder / arm / "checkpoints") if self.resumed else None
 
 
+def trained_run(run: str) -> tuple[DictConfig, Path]:
+    """-> configuration and newest checkpoint of a run folder, for whoever uses what it trained. Raises UserError without."""
+    folder = Path(run)
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"run={run}: no config.yaml there; give a folder that `python -m src.train` printed as `run: ...`")
+    checkpoint = newest(folder / "checkpoints")
+    if checkpoint is None:
+        raise UserError(f"run={run}: no checkpoint there; continue it: python -m src.train resume={run}")
+    return OmegaConf.load(folder / "config.yaml"), checkpoint
+
+
 def open_run(cfg: DictConfig, typed: list[str]) -> Run:
     """A new run folder, or the one that cfg.resume names ("auto": the newest unfinished one of the same science).
 

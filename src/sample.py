@@ -10,15 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from PIL import Image
 
 from src import build, rng
 from src.callbacks.meter import peak_mem_gib
-from src.checkpoint import newest
 from src.config import cli, resolve_hardware
 from src.data.folder import read_picture
 from src.data.stores import condition_tensor, to_bytes
+from src.runs import trained_run
 from src.sampling import denoise, solver_for
 from src.types import Sample, UserError
 
@@ -28,16 +28,9 @@ def main(cfg: DictConfig) -> None:
     cfg = resolve_hardware(cfg)
     torch.set_num_threads(cfg.hardware.threads)
     run, condition_file = Path(cfg.run), Path(cfg.condition)
-    if not (run / "config.yaml").is_file():
-        raise UserError(f"run={cfg.run}: no config.yaml there; give a folder that `python -m src.train` printed as `run: ...`")
+    trained, checkpoint = trained_run(cfg.run)
     if not condition_file.is_file():
         raise UserError(f"condition={cfg.condition}: no such file")
-    checkpoint = newest(run / "checkpoints")
-    if checkpoint is None:
-        raise UserError(
-            f"run={cfg.run}: no checkpoint in {run / 'checkpoints'}; continue it: python -m src.train resume={cfg.run}"
-        )
-    trained = OmegaConf.load(run / "config.yaml")
     trained.hardware = cfg.hardware
     build.quiet()
     model = build.load_sampler(trained, checkpoint)
