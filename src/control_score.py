@@ -73,15 +73,10 @@ def _batches(
                 WRONG: lambda some=some: stores.condition_rows([wrong_row(r, count) for r in some]),
                 ZERO: lambda some=some: stores.zero_condition.repeat(len(some), *[1] * (stores.zero_condition.ndim - 1)),
             }[arm]()
-            with torch.no_grad(), adapter.autocast():
-                features = adapter.encode_condition(condition.to(device))
+            features = adapter.features_of(condition)
         latent_shape = tuple(stores.latents.rows("latents", some[:1]).shape[1:])
         noise = rng.normal(held.seed, "eval-noise", some, latent_shape).to(device)
-
-        def predict(x, t, text, features, scale=0.0 if arm == NONE else 1.0):
-            with adapter.autocast():
-                return adapter.predict(adapter.backbone, x, t, text, features, scale)
-
+        predict = adapter.predictor(0.0 if arm == NONE else 1.0)
         latents = denoise(
             predict, noise, held.solver, adapter.backbone.objective, held.steps, text, empty, features, held.guidance
         )

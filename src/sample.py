@@ -61,15 +61,12 @@ def draw(cfg: DictConfig, trained: DictConfig, model: "build.Sampler", condition
     side = trained.resolution // backbone.facts.factor
     noise = rng.normal(cfg.seed, "eval-noise", [0], (backbone.facts.latent_channels, side, side)).to(device)
 
-    def predict(x, t, text, features):
-        with adapter.autocast():
-            return adapter.predict(backbone, x, t, text, features, cfg.scale)
-
     began = time.perf_counter()
-    with torch.no_grad(), adapter.autocast():
-        features = adapter.encode_condition(condition_tensor(shown[None], adapter.condition_space, model.codec).to(device))
+    features = adapter.features_of(condition_tensor(shown[None], adapter.condition_space, model.codec))
     solver = solver_for(backbone.objective, backbone.scheduler())
-    latent = denoise(predict, noise, solver, backbone.objective, cfg.steps, text, empty, features, cfg.guidance)
+    latent = denoise(
+        adapter.predictor(cfg.scale), noise, solver, backbone.objective, cfg.steps, text, empty, features, cfg.guidance
+    )
     picture = to_bytes(model.codec.decode(latent))[0]
     return picture, time.perf_counter() - began
 

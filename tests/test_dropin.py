@@ -62,6 +62,24 @@ def test_a_whole_pipeline_with_the_dropin_is_saved_and_loaded(make, tmp_path):
     assert torch.equal(theirs(back, backbone), expected)
 
 
+def test_model_offloading_of_diffusers_takes_the_dropin_along(make):
+    cfg, backbone, adapter = make("unicon_half", "sd3_tiny")
+    network = ControlledNetwork(backbone, adapter, cfg).set_condition(drawing())
+    pipe = stock_pipe(StableDiffusion3Pipeline, backbone, transformer=network)
+    expected = theirs(pipe, backbone)
+    try:
+        pipe.enable_model_cpu_offload(device="cpu")  # its hooks, on the one device that every machine has
+        moved = []
+        hook = network._hf_hook
+        before = hook.pre_forward
+        hook.pre_forward = lambda module, *args, **kwargs: (moved.append(module), before(module, *args, **kwargs))[1]
+        assert torch.equal(theirs(pipe, backbone), expected)
+        assert moved and all(module is network for module in moved)
+    finally:
+        pipe.remove_all_hooks()
+    assert torch.equal(theirs(pipe, backbone), expected)
+
+
 def test_the_dropin_moves_and_is_cast_with_its_pipeline(make):
     cfg, backbone, _ = make("unicon_half", "sd3_tiny")
     twin = copy.copy(backbone)

@@ -111,10 +111,19 @@ class ControlAdapter(pl.LightningModule):
         """Condition in `condition_space` -> features; what depends on the condition alone, computed once per image."""
 
     @abstractmethod
+    def controlled(
+        self, backbone: Backbone, x_BCHW: Tensor, t_B: Tensor, text: TextCond, features: Features, scale: float
+    ) -> Tensor:
+        """The controlled prediction, (B, C, H, W), at a scale other than 0; 1 is the adapter as trained."""
+
     def predict(
         self, backbone: Backbone, x_BCHW: Tensor, t_B: Tensor, text: TextCond, features: Features, scale: float = 1.0
     ) -> Tensor:
-        """The controlled prediction, (B, C, H, W). scale 0 is the backbone alone, 1 the adapter as trained."""
+        """The controlled prediction, (B, C, H, W). scale 0 is the backbone alone, at its own cost; 1 the adapter as trained."""
+        if scale == 0:
+            with torch.no_grad():
+                return backbone.predict(x_BCHW, t_B, text)
+        return self.controlled(backbone, x_BCHW, t_B, text, features, scale)
 
     @abstractmethod
     def parts(self) -> dict[str, nn.Module]:
@@ -158,6 +167,21 @@ class ControlAdapter(pl.LightningModule):
         """The precision of training for whoever calls the adapter outside of it: that of the backbone's weights."""
         dtype = next(self.backbone.net.parameters()).dtype
         return nullcontext() if dtype == torch.float32 else torch.autocast(self.device.type, dtype)
+
+    @torch.no_grad()
+    def features_of(self, condition: Tensor) -> Features:
+        """`encode_condition` for whoever draws pictures: on the adapter's device, in the precision of training."""
+        with self.autocast():
+            return self.encode_condition(condition.to(self.device))
+
+    def predictor(self, scale: float = 1.0) -> Callable[..., Tensor]:
+        """predict(x, t, text, features) at a scale, in the precision of training: what `sampling.denoise` asks for."""
+
+        def predict(x_BCHW: Tensor, t_B: Tensor, text: TextCond, features: Features) -> Tensor:
+            with self.autocast():
+                return self.predict(self.backbone, x_BCHW, t_B, text, features, scale)
+
+        return predict
 
     def setup(self, stage: str) -> None:
         if self.backbone.net is not None:

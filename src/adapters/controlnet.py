@@ -86,12 +86,9 @@ class ControlNet(ControlAdapter):
             state = self.recompute(backbone.run, copied, state)
         return [connect(f) for connect, f in zip(self.connectors, (*state.skips, state.x), strict=True)]
 
-    def predict(
-        self, backbone: Backbone, x_BCHW: Tensor, t_B: Tensor, text: TextCond, features: Tensor, scale: float = 1.0
+    def controlled(
+        self, backbone: Backbone, x_BCHW: Tensor, t_B: Tensor, text: TextCond, features: Tensor, scale: float
     ) -> Tensor:
-        if scale == 0:
-            with torch.no_grad():
-                return backbone.predict(x_BCHW, t_B, text)
         with torch.no_grad():
             state = backbone.begin(x_BCHW, t_B, text)
             for k in range(len(self.copies)):

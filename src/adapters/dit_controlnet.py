@@ -114,12 +114,9 @@ class DiTControlNet(ControlAdapter):
             found.append(connect(state.x))
         return found
 
-    def predict(
-        self, backbone: Backbone, x_BCHW: Tensor, t_B: Tensor, text: TextCond, features: Tensor, scale: float = 1.0
+    def controlled(
+        self, backbone: Backbone, x_BCHW: Tensor, t_B: Tensor, text: TextCond, features: Tensor, scale: float
     ) -> Tensor:
-        if scale == 0:
-            with torch.no_grad():
-                return backbone.predict(x_BCHW, t_B, text)
         depth = backbone.facts.depth
         with torch.no_grad():
             state = backbone.run(0, backbone.begin(x_BCHW, t_B, text))

@@ -88,12 +88,9 @@ class T2IAdapter(ControlAdapter):
         """Pictures in [0, 1] -> one feature per stage: (B, D, H, W) maps, or tokens (B, T, D)."""
         return tuple(self.trunk(condition))
 
-    def predict(
-        self, backbone: Backbone, x_BCHW: Tensor, t_B: Tensor, text: TextCond, features: tuple[Tensor, ...], scale: float = 1.0
+    def controlled(
+        self, backbone: Backbone, x_BCHW: Tensor, t_B: Tensor, text: TextCond, features: tuple[Tensor, ...], scale: float
     ) -> Tensor:
-        if scale == 0:
-            with torch.no_grad():
-                return backbone.predict(x_BCHW, t_B, text)
         first = min(self.places)
         with torch.no_grad():
             state = backbone.begin(x_BCHW, t_B, text)

@@ -46,8 +46,8 @@ class Template(ControlAdapter):
         """What depends on the condition alone: computed once per picture, not at every solver step."""
         return self.stem(condition)
 
-    def predict(
-        self, backbone: Backbone, x_BCHW: Tensor, t_B: Tensor, text: TextCond, features: Tensor, scale: float = 1.0
+    def controlled(
+        self, backbone: Backbone, x_BCHW: Tensor, t_B: Tensor, text: TextCond, features: Tensor, scale: float
     ) -> Tensor:
         """begin, K times run, end: with nothing in between this is the backbone."""
         with torch.no_grad():  # nothing trainable lies in front of this

@@ -127,12 +127,9 @@ class UniCon(ControlAdapter):
         maps = self.stem["pyramid"](c)
         return (maps[-1], *maps)
 
-    def predict(
-        self, backbone: Backbone, x_BCHW: Tensor, t_B: Tensor, text: TextCond, features: Features, scale: float = 1.0
+    def controlled(
+        self, backbone: Backbone, x_BCHW: Tensor, t_B: Tensor, text: TextCond, features: Features, scale: float
     ) -> Tensor:
-        if scale == 0:
-            with torch.no_grad():
-                return backbone.predict(x_BCHW, t_B, text)
         with torch.no_grad():
             state = backbone.begin(x_BCHW, t_B, text)
             for k in range(self.indices[0]):
