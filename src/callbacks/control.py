@@ -16,6 +16,7 @@ from src.plots import plot_grid
 
 CONTROL_GAP = 0.1  # steps_to_control: right minus wrong, lower end of its 95 % interval
 GRID_ROWS = 6
+GRID_COLUMNS = ("source", "condition", "no control", "controlled", "wrong condition", "its output")
 
 
 class ControlValidation(StepCallback):
@@ -119,7 +120,7 @@ class ControlValidation(StepCallback):
     def _grid(self, pictures: dict, rows: list[int], flat: dict, images_seen: int) -> None:
         held, metric = self.run.held, next(iter(self.run.held.task.metrics))
         file = self.run.folder / "grids" / f"images-{images_seen:09d}.png"
-        titles = ["source", "condition", "no control", "controlled", "wrong condition", "its output"]
+        titles = list(GRID_COLUMNS)
         wrong = [held.conditions[wrong_row(r, len(held.images))] for r in rows[:GRID_ROWS]]
         cells = [
             [held.images[r], held.conditions[r], pictures[NONE][i], pictures[RIGHT][i], wrong[i], pictures[WRONG][i]]
