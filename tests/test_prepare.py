@@ -134,14 +134,21 @@ def _whole_output(name: str, weights: dict[str, torch.Tensor]) -> torch.Tensor:
         return model.transformer(noise, text, torch.tensor([500]), added, return_dict=False)[0]
 
 
-def test_each_cycle_of_the_rate_ends_low_and_cycles_fill_the_training():
-    recipe = training.Recipe(steps=2000, cycles=2)
-    rates = [training.rate(step, recipe) for step in range(2000)]
+def test_a_restarted_rate_begins_again_and_ends_low_each_time():
+    recipe = training.Recipe(steps=2600, restarts=(1000, 2000))
+    rates = [training.rate(step, recipe) for step in range(2600)]
     assert max(rates) == pytest.approx(1, abs=1e-3)
-    assert max(rates[999], rates[1999]) < 1e-4
-    assert rates[:1000] == rates[1000:]
-    with pytest.raises(UserError, match="5 steps are no multiple of the recipe's 2 cycles"):
-        training.Recipe(steps=5, cycles=2)
+    assert max(rates[999], rates[1999], rates[2599]) < 1e-4
+    assert rates[:1000] == rates[1000:2000]
+    assert rates[2000] == rates[0]
+    for restarts in ((2600,), (0,), (5, 5), (7, 3)):
+        with pytest.raises(UserError, match="must rise, between 0 and the 2600 steps"):
+            training.Recipe(steps=2600, restarts=restarts)
+
+
+def test_a_shorter_training_drops_the_restarts_beyond_it(workshop):
+    cfg = settings("sd3_tiny", workshop, "backbone_steps=4")
+    assert plan.backbone_recipe(cfg) == training.Recipe(steps=4, lr=FAMILIES["sd3_tiny"].recipe.lr)
 
 
 # ---- what is made -----------------------------------------------------------------------------------------------------

@@ -183,7 +183,7 @@ def _recipe_table(recipe: dict[str, Any], column: str, learned: tuple[tuple[str,
     vae, net, size = recipe["vae"], recipe["backbone"], recipe["parameters"]
     last_vae, last_net = vae["curve"][-1], net["curve"][-1]
     sizes = " + ".join(f"{f'{count} x ' if count > 1 else ''}{size[part]:,}" for part, count in learned)
-    cycles = f" in {net['cycles']} cycles" if net.get("cycles", 1) > 1 else ""
+    restarts = "".join(f", rate restarted at {step:,}" for step in net.get("restarts", []))
     rows = [
         ("", "autoencoder", column),
         ("---", "---", "---"),
@@ -193,7 +193,7 @@ def _recipe_table(recipe: dict[str, Any], column: str, learned: tuple[tuple[str,
             f"{vae.get('renders', recipe['renders']):,} renders, {vae.get('maps', recipe['maps']):,} control maps",
             f"{recipe['renders']:,} renders and captions",
         ),
-        ("steps x batch", f"{vae['steps']:,} x {vae['batch']}", f"{net['steps']:,} x {net['batch']}{cycles}"),
+        ("steps x batch", f"{vae['steps']:,} x {vae['batch']}", f"{net['steps']:,} x {net['batch']}{restarts}"),
         ("peak learning rate", f"{vae['lr']:g}", f"{net['lr']:g}"),
         ("moving average", "none", f"{net['ema_decay']:g} per step"),
         ("CPU seconds", f"{last_vae['cpu_s']:,.0f}", f"{last_net['cpu_s']:,.0f}"),

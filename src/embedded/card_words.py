@@ -118,7 +118,7 @@ cannot cut a T5 prompt to no token at all, and stops with an error at 0.""",
     "pixart_tiny": Words(
         kind="A PixArt-alpha",
         network="""\
-Eight blocks of width 128 over 4 x 4 image tokens with cross-attention to 24 text tokens, a T5 of two layers; predicts the
+Eight blocks of width 160 over 4 x 4 image tokens with cross-attention to 24 text tokens, a T5 of two layers; predicts the
 noise, over the linear schedule of 1000 steps. The second half of the output channels, the learned variance, was not trained:
 it is zero, and the stock pipeline throws it away.""",
         use="""\

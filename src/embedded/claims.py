@@ -14,7 +14,7 @@ from src.types import UserError
 
 VAE_FILES = ("vae.pt", "vae.jsonl", "vae_out")
 # what an earlier prepare.json does not say: it knew one backbone, of this name, and only its number of steps varied
-OLD_NAME, OLD_RECIPE = "sd3_tiny", {"cycles": 1, "batch": 32, "lr": 1.2e-3, "warmup": 300, "ema_decay": 0.9995}
+OLD_NAME, OLD_RECIPE = "sd3_tiny", {"restarts": [], "batch": 32, "lr": 1.2e-3, "warmup": 300, "ema_decay": 0.9995}
 
 
 def backbone_files(name: str) -> tuple[str, str, str]:

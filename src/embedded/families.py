@@ -36,14 +36,14 @@ class Family:
 FAMILIES = {
     "sd3_tiny": Family(
         TinySD3,
-        Recipe(steps=22_000, lr=1.2e-3),
+        Recipe(steps=36_000, restarts=(22_000,), lr=1.2e-3),
         StableDiffusion3Pipeline,
         load={"text_encoder_3": None, "tokenizer_3": None},  # the one way to add no T5 token at all, as in training
         call={"max_sequence_length": 0},
     ),
     "pixart_tiny": Family(
         TinyPixArt,
-        Recipe(steps=22_000, lr=1.2e-3),
+        Recipe(steps=18_000, lr=1.2e-3),
         PixArtAlphaPipeline,
         call={  # the pipeline knows aspect ratios of 256 to 2048 pixels only; cleaning captions wants packages of its own
             "use_resolution_binning": False,

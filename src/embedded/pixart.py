@@ -1,4 +1,4 @@
-"""The embedded PixArt-alpha: a 2.3 M parameter `PixArtTransformer2DModel` with a tiny T5, trained on scenes.
+"""The embedded PixArt-alpha: a 3.5 M parameter `PixArtTransformer2DModel` with a tiny T5, trained on scenes.
 
 The second half of the output channels, the learned variance, stays at zero: no sampler of the stock pipeline reads it.
 """
@@ -16,15 +16,32 @@ TEXT_WIDTH = 64
 BETAS = {"beta_start": 0.0001, "beta_end": 0.02}  # the linear schedule of DiT, which PixArt-alpha keeps
 
 
+class FlowLevels(EpsilonPrediction):
+    """Noise prediction with the noise levels of SD3's flow, and with their weight.
+
+    Drawn evenly, half of the linear schedule's steps are all but pure noise: a small training spends half of its samples
+    where nothing can be learned. Here s / a of a step is that of a flow at a logit-normal time (2403.03206, section 3.1),
+    and an error of the noise weighs as much as the same error of the flow's velocity, (1 + s / a)^2, up to 25.
+    """
+
+    def native_t(self, uniform_B: Tensor) -> Tensor:
+        ratio = torch.special.ndtri(uniform_B.double().clamp(1e-6, 1 - 1e-6)).exp()  # s / a = time / (1 - time)
+        step = torch.searchsorted(-self.signal_T, -1 / (1 + ratio.square())).clamp(max=self.train_steps - 1)
+        return ((step + 1) / self.train_steps).float()
+
+    def weight(self, t_B: Tensor) -> Tensor:
+        return (1 + self.snr(t_B).rsqrt()).square().clamp(max=25)
+
+
 def build_transformer(seed: int) -> PixArtTransformer2DModel:
-    """Eight blocks of width 128 over 4x4 image tokens.
+    """Eight blocks of width 160 over 4x4 image tokens.
 
     Block tables, output and cross-attention outputs start at zero, as in PixArt-alpha (2310.00426, section 2.3) and DiT.
     """
     torch.manual_seed(seed)
     model = PixArtTransformer2DModel(
         sample_size=8, patch_size=2, in_channels=CHANNELS, out_channels=2 * CHANNELS, num_layers=8,
-        num_attention_heads=4, attention_head_dim=32, cross_attention_dim=128, caption_channels=TEXT_WIDTH,
+        num_attention_heads=5, attention_head_dim=32, cross_attention_dim=160, caption_channels=TEXT_WIDTH,
         use_additional_conditions=False,
     )  # fmt: skip
     for layer in [model.adaln_single.linear, model.proj_out, *(b.attn2.to_out[0] for b in model.transformer_blocks)]:
@@ -43,7 +60,7 @@ class TinyPixArt(TinyModel):
         self.transformer = build_transformer(seed)
         self.tokenizer = t5_tokenizer()
         self.text = t5_encoder(self.tokenizer, TEXT_WIDTH, seed + 1)
-        self.objective = EpsilonPrediction("linear", **BETAS, min_snr_gamma=5.0)
+        self.objective = FlowLevels("linear", **BETAS)
 
     def tokens(self, captions: list[str]) -> Tensor:
         padded = self.tokenizer(captions, padding="max_length", max_length=TEXT_TOKENS, truncation=True)

@@ -31,9 +31,10 @@ def family_of(cfg: DictConfig) -> Family:
 
 
 def backbone_recipe(cfg: DictConfig) -> Recipe:
-    """The family's shipped recipe, with this configuration's seed and steps."""
+    """The family's shipped recipe, with this configuration's seed and steps; a shorter training drops the later restarts."""
     shipped = family_of(cfg).recipe
-    return replace(shipped, seed=cfg.seed, steps=cfg.backbone_steps or shipped.steps)
+    steps = cfg.backbone_steps or shipped.steps
+    return replace(shipped, seed=cfg.seed, steps=steps, restarts=tuple(r for r in shipped.restarts if r < steps))
 
 
 def vae_steps(cfg: DictConfig) -> int:
@@ -60,5 +61,6 @@ def shared_vae(cfg: DictConfig) -> Path | None:
 def claim_cache(cfg: DictConfig) -> None:
     """Refuse a cache folder that holds a preparation with other settings, whose parts would be mixed with this one's."""
     recipe = asdict(backbone_recipe(cfg))
+    recipe["restarts"] = list(recipe["restarts"])  # as JSON gives it back
     shared = {"seed": recipe.pop("seed"), "world_images": cfg.world_images, "vae_steps": vae_steps(cfg)}
     claim(Path(cfg.cache_dir), shared, cfg.backbone.name, recipe)

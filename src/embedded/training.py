@@ -8,6 +8,7 @@ import copy
 import math
 import time
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,11 +27,11 @@ LOG_EVERY = 500  # steps between two rows of the log, and two checkpoints
 
 @dataclass(frozen=True)
 class Recipe:
-    """steps x batch samples at peak rate lr: warm-up, then cosine to zero, `cycles` times over (warm restarts, Loshchilov
-    and Hutter 2017, 1608.03983). ema_decay: of the average that is shipped, per step."""
+    """steps x batch samples at peak rate lr: warm-up, then cosine to zero, and all that again from each step in `restarts`
+    (warm restarts, Loshchilov and Hutter 2017, 1608.03983). ema_decay: of the average that is shipped, per step."""
 
     steps: int
-    cycles: int = 1
+    restarts: tuple[int, ...] = ()
     batch: int = 32
     lr: float = 1.2e-3
     warmup: int = 300
@@ -38,8 +39,9 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.steps % self.cycles:  # the rest would end the training in the warm-up of one more cycle
-            raise UserError(f"{self.steps} steps are no multiple of the recipe's {self.cycles} cycles")
+        bounds = [0, *self.restarts, self.steps]
+        if bounds != sorted(set(bounds)):
+            raise UserError(f"restarts={list(self.restarts)} must rise, between 0 and the {self.steps} steps")
 
 
 class TinyModel(nn.Module, ABC):
@@ -116,8 +118,9 @@ def train_backbone(
 
 def rate(step: int, recipe: Recipe) -> float:
     """Learning rate at a step as a fraction of the peak: in each cycle a linear warm-up, then half a cosine down to zero."""
-    length = recipe.steps // recipe.cycles
-    within = step % length
+    bounds = [0, *recipe.restarts, recipe.steps]
+    cycle = bisect_right(bounds, step) - 1
+    length, within = bounds[cycle + 1] - bounds[cycle], step - bounds[cycle]
     warm = min(1.0, (within + 1) / recipe.warmup)
     done = max(0.0, (within - recipe.warmup) / max(1, length - recipe.warmup))
     return warm * 0.5 * (1 + math.cos(done * math.pi))
