@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 
-def key(seed: int, stream: str, index: int) -> int:
+def key(seed: int, stream: str, index: int | str) -> int:
     """A 63-bit number from (seed, stream, index); unlike sums of seeds, near indices share nothing."""
     digest = hashlib.blake2b(f"{seed}/{stream}/{index}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

@@ -14,7 +14,6 @@ from src.control_score import ARMS, NONE, RIGHT, WRONG, ZERO, named, sample_arm,
 from src.metrics.intervals import bootstrap_ci
 from src.plots import plot_grid
 
-CONTROL_GAP = 0.1  # steps_to_control: right minus wrong, lower end of its 95 % interval
 GRID_ROWS = 6
 GRID_COLUMNS = ("source", "condition", "no control", "controlled", "wrong condition", "its output")
 
@@ -114,7 +113,7 @@ class ControlValidation(StepCallback):
         metric, (_, better) = next(iter(self.run.held.task.metrics.items()))
         gap = scores[RIGHT][metric] - scores[WRONG][metric]
         low, _ = bootstrap_ci(gap if better == "higher" else -gap)
-        if self.images_to_control is None and low > CONTROL_GAP:
+        if self.images_to_control is None and low > self.run.held.task.control_gap:
             self.images_to_control = images_seen
 
     def _grid(self, pictures: dict, rows: list[int], flat: dict, images_seen: int) -> None:
