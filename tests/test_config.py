@@ -67,7 +67,7 @@ def test_every_group_file_composes(group, option, monkeypatch):
         fake.AdamW8bit = torch.optim.AdamW
         monkeypatch.setitem(sys.modules, "bitsandbytes", types.ModuleType("bitsandbytes"))
         monkeypatch.setitem(sys.modules, "bitsandbytes.optim", fake)
-    cfg = load("train", [f"{group}={option}", *(["data.path=pictures"] if option == "folder" else [])])
+    cfg = load("train", [f"{group}={option}", *(["data.path=pictures"] if option in ("folder", "hub", "shards") else [])])
     assert "hydra" not in cfg
     assert group not in cfg or cfg[group].get("name", option) == option  # a recipe sets keys of other groups
 

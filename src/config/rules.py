@@ -21,6 +21,7 @@ MULTIPLES = {"src.backbones.mmdit.": 16, "src.backbones.dit.": 16}
 PROFILES = (("h200", 120), ("gpu_80g", 70), ("gpu_24g", 0))  # name, from how many GiB of one device
 # Not science: where things go and how fast they get there. Dotted keys; a prefix covers what is below it.
 NOT_SCIENCE = ("hardware", "logger", "output_dir", "cache_dir", "out", "workers", "resume", "tags", "name")
+NOT_SCIENCE += ("data.index_dir",)
 NOT_SCIENCE += ("budget.stop_at_images", *(f"callbacks.{name}" for name in ("stopper", "checkpoints", "meter", "progress")))
 
 

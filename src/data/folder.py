@@ -1,80 +1,182 @@
-"""A folder of images with captions: `picture.jpg` beside `picture.txt`."""
+"""A folder of images with captions: beside them in .txt files, or in one JSONL or CSV table; maps in folders or columns."""
 
-import hashlib
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, ClassVar
 
-import cv2
 import numpy as np
 
-from src.data.source import Source, Split
-from src.types import Sample, UserError
+from src.data import picture
+from src.data.captions import decode_text
+from src.data.framing import Framing
+from src.data.pairs import partners, refuse_twins, stem, walk
+from src.data.picture import SUFFIXES
+from src.data.records import IMAGE, Records, RecordSource, as_names, column
+from src.data.signals import MAP_SUFFIXES, check_signals
+from src.data.source import BadSample, Split
+from src.data.tables import read_table
+from src.types import UserError
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+TXT = ".txt"
 
 
-class FolderSource(Source):
-    """Images below `path`, in the order of their names; the last `val_images` of them are held out.
+class FolderRecords(Records):
+    """path: folder of the images, read with its subfolders; table: a .jsonl or .csv file, relative to `path` or to here.
 
-    Every image is turned upright (EXIF), laid over white where transparent, scaled so that its short side is
-    `resolution`, and cropped in the middle. Grayscale becomes three channels.
+    Without a table, every image below `path` is one record, in the order of their names, and its caption stands in the .txt
+    file of the same name. With one, its rows are the records, in their order; `image_column` holds paths relative to `path`,
+    and an image that stands in several rows has several captions, one record each.
+    signals: name of a signal -> folder with one map per image, of the same name but for the suffix, relative to `path` or to
+    here; folders of maps below `path` are not searched for images. signal_columns: name of a signal -> column with its path.
     """
 
-    def __init__(self, name: str, path: str, val_images: int, split: Split, resolution: int):
-        self.name, self.root, self.resolution = name, Path(path).expanduser(), resolution
+    def __init__(
+        self,
+        path: str,
+        table: str | None,
+        image_column: str,
+        caption_column: str,
+        signals: Mapping[str, Any] | None,
+        signal_columns: Mapping[str, Any] | None,
+    ):
+        self.root = Path(path).expanduser()
+        self.where = f"data.path={path!r}"
+        folders, columns = as_names(signals), as_names(signal_columns)
+        check_signals([*folders], "data.signals")
+        check_signals([*columns], "data.signal_columns")
         if not self.root.is_dir():
-            raise UserError(f"data.path={path!r} is not a folder")
-        found = sorted(p for p in self.root.rglob("*") if p.suffix.lower() in SUFFIXES)
-        if not found:
-            seen = sorted({p.suffix for p in self.root.rglob("*") if p.is_file()})
-            raise UserError(f"data.path={path!r} holds no image ({', '.join(SUFFIXES)}); its files end in {seen}")
-        if len(found) <= val_images:
-            raise UserError(
-                f"data.path={path!r} holds {len(found)} images, and data.val_images={val_images} leaves none to train on"
-            )
-        bare = [p.name for p in found if not p.with_suffix(".txt").is_file()]
-        if bare:
-            raise UserError(
-                f"{len(bare)} of {len(found)} images below {path!r} have no caption file beside them (.txt): {bare[:10]}"
-            )
-        self.files = found[:-val_images] if split == "train" else found[-val_images:]
+            raise UserError(f"{self.where} is not a folder")
+        if columns and table is None:
+            raise UserError(f"data.signal_columns={columns} needs a table to read them from; write data.table=...")
+        if both := sorted(folders.keys() & columns.keys()):
+            raise UserError(f"data.signals and data.signal_columns both name {both[0]}; leave one of them out")
+        self.signals = check_signals([*folders, *columns], "data.signals")
+        found = {s: _existing(f, self.root, Path.is_dir, f"data.signals.{s}={f!r}", "folder") for s, f in folders.items()}
+        self._maps: dict[str, list[Path]] = {}
+        self._captions: list[Any] | None = None  # those of a table
+        if table is None:
+            self._find_images(list(found.values()))
+        else:
+            self._read_table(table, image_column, caption_column, columns)
+        for signal, folder in found.items():
+            images = list(dict.fromkeys(self.files))
+            key, suffixes = f"data.signals.{signal}", (*SUFFIXES, *MAP_SUFFIXES)
+            there = partners(images, self.root, folder, suffixes, key, exact=table is None)
+            self._maps[signal] = [there[f] for f in self.files]
 
-    def __len__(self) -> int:
-        return len(self.files)
+    def raw(self, row: int, part: str) -> Path:
+        return self.files[row] if part == IMAGE else self._maps[part][row]
 
-    def __getitem__(self, index: int) -> Sample:
-        name, caption = self.describe(index)
-        return Sample(id=name, image=read_picture(self.files[index], self.resolution), caption=caption)
+    def name(self, row: int, part: str) -> str:
+        return str(self.raw(row, part))
 
-    def describe(self, index: int) -> tuple[str, str]:
-        file = self.files[index]
-        return str(file.relative_to(self.root)), file.with_suffix(".txt").read_text(encoding="utf-8").strip()
+    def caption(self, row: int) -> Any:
+        if self._captions is not None:
+            return self._captions[row]
+        file = self.files[row].with_suffix(TXT)
+        try:
+            return decode_text(file.read_bytes(), str(file))
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            reason = f"cannot be opened ({error.strerror})"
+            raise BadSample(str(file), reason, "check its permissions and links, or remove it") from error
 
-    def fingerprint(self) -> str:
-        digest = hashlib.blake2b(digest_size=8)
-        for file in self.files:
-            for f in (file, file.with_suffix(".txt")):
-                stat = f.stat()
-                digest.update(f"{f.relative_to(self.root)}|{stat.st_size}|{stat.st_mtime_ns}\n".encode())
-        return f"folder-{digest.hexdigest()}-{self.resolution}px-n{len(self.files)}"
+    def stamp(self, row: int) -> str:
+        return "|".join(_stamp(self.raw(row, part)) for part in (IMAGE, *self.signals))
+
+    def _find_images(self, without: list[Path]) -> None:
+        files = walk(self.root, without)
+        self.files = [f for f in files if f.suffix.lower() in SUFFIXES]
+        if not self.files:
+            seen = sorted({f.suffix for f in files})
+            raise UserError(f"{self.where} holds no image ({', '.join(SUFFIXES)}); its files end in {seen}")
+        refuse_twins(self.files, self.root, self.where)
+        self.ids = [str(f.relative_to(self.root)) for f in self.files]
+        self.no_caption = self._caption_words([f for f in files if f.suffix.lower() not in SUFFIXES])
+
+    def _caption_words(self, others: list[Path]) -> str:
+        """What is said of images without a caption: what was looked for, and what there was instead."""
+        beside = {stem(f, self.root) for f in self.files}
+        texts = [f for f in others if f.suffix == TXT]
+        stray = [str(f.relative_to(self.root)) for f in texts if stem(f, self.root) not in beside]
+        found = [f"{len(stray)} {TXT} files lie elsewhere or are named otherwise, such as {stray[0]}"] if stray else []
+        endings = Counter(f.suffix for f in others if f.suffix != TXT)
+        found += [f"{n} files end in {s!r}" for s, n in endings.most_common(3)]
+        return f"no caption file beside them ({'; '.join([TXT, *found])})"
+
+    def _read_table(self, table: str, image_column: str, caption_column: str, columns: dict[str, str]) -> None:
+        file = _existing(table, self.root, Path.is_file, f"data.table={table!r}", "file")
+        names, rows = read_table(file, "data.table")
+        where = str(file)
+        column(names, image_column, "data.image_column", where)
+        column(names, caption_column, "data.caption_column", where)
+        self.files = self._paths(rows, image_column, where)
+        for signal, name in columns.items():
+            column(names, name, f"data.signal_columns.{signal}", where)
+            self._maps[signal] = self._paths(rows, name, where)
+        self._captions = [row.get(caption_column) for row in rows]
+        times: Counter[str] = Counter()
+        self.ids = []
+        for row in rows:
+            times[path := str(row[image_column])] += 1
+            self.ids.append(path if times[path] == 1 else f"{path}#{times[path]}")
+
+    def _paths(self, rows: list[dict[str, Any]], name: str, where: str) -> list[Path]:
+        empty = [str(i) for i, row in enumerate(rows, 1) if not isinstance(row.get(name), str) or not row[name].strip()]
+        if empty:
+            raise UserError(f"{where}: {len(empty)} of {len(rows)} rows hold no path in {name}: rows {', '.join(empty[:10])}")
+        paths = [self.root / Path(row[name].strip()).expanduser() for row in rows]
+        lost = [row[name] for row, path in zip(rows, paths, strict=True) if not path.is_file()]
+        if lost:
+            fix = f"paths are read relative to {self.where}"
+            raise UserError(f"{where}: {len(lost)} of {len(rows)} files of {name} do not exist: {', '.join(lost[:10])}; {fix}")
+        return paths
+
+
+class FolderSource(RecordSource):
+    """Images below `path`: see `FolderRecords` for its own arguments, `RecordSource` for the rules."""
+
+    form: ClassVar = "folder"
+
+    def __init__(
+        self,
+        name: str,
+        path: str,
+        val_images: int,
+        split: Split,
+        resolution: int,
+        *,
+        table: str | None = None,
+        image_column: str = "file_name",
+        caption_column: str = "text",
+        signals: dict[str, str] | None = None,
+        signal_columns: dict[str, str] | None = None,
+        **rules: Any,
+    ):
+        records = FolderRecords(path, table, image_column, caption_column, signals, signal_columns)
+        super().__init__(records, name, val_images, split, resolution, **rules)
 
 
 def read_picture(file: Path, resolution: int) -> np.ndarray:
-    """-> (resolution, resolution, 3) uint8. Raises UserError, naming the file, where it cannot be decoded whole."""
-    from PIL import Image, ImageOps
+    """One picture as a source reads it: -> (resolution, resolution, 3) uint8, its middle. Raises BadSample."""
+    image = picture.read_rgb(file, str(file))
+    return Framing(resolution, "center", 0, None).frame(image.shape[:2], file.name).apply(image)
 
+
+def _existing(given: str, root: Path, exists: Any, where: str, what: str) -> Path:
+    """A path that is absolute, relative to `root`, or relative to the working directory. Raises UserError."""
+    tried = [root / Path(given).expanduser(), Path(given).expanduser()]
+    for path in tried:
+        if exists(path):
+            return path
+    raise UserError(f"{where} is not a {what}, neither here nor below {str(root)!r}")
+
+
+def _stamp(file: Path) -> str:
     try:
-        with Image.open(file) as opened:
-            opened.load()  # a half JPEG passes open() and verify(); only load() finds it
-            upright = ImageOps.exif_transpose(opened)
-            if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
-                rgba = upright.convert("RGBA")
-                upright = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-            image = np.asarray(upright.convert("RGB"))
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"{file}: not a whole image ({error}); mend or remove it") from error
-    scale = resolution / min(image.shape[:2])
-    if scale != 1:
-        height, width = (max(resolution, round(s * scale)) for s in image.shape[:2])
-        image = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
-    top, left = ((s - resolution) // 2 for s in image.shape[:2])
-    return np.ascontiguousarray(image[top : top + resolution, left : left + resolution])
+        found = file.stat()
+    except OSError as error:
+        return f"unreadable: {error.strerror}"
+    return f"{found.st_size}|{found.st_mtime_ns}"

@@ -1,30 +1,98 @@
-"""The source interface: where images and captions come from."""
+"""The source interface: where images and captions come from, and how a source says that one of them is bad."""
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Literal
 
-from src.types import Sample
+from src.types import Sample, UserError
 
 Split = Literal["train", "val"]
 
 
+class BadSample(UserError):
+    """One sample that cannot be read as it should be. The message is one line: `id: reason; fix`.
+
+    id: of the sample, or the file that is wrong; reason: what is wrong, with the value; fix: what to do about it.
+    """
+
+    def __init__(self, id: str, reason: str = "", fix: str = ""):
+        if not reason:  # a loader's worker hands on one text, the traceback, whose last line is the message
+            line = (id.strip().splitlines() or [""])[-1].rpartition("BadSample: ")[2]
+            id, _, rest = line.partition(": ")
+            reason, _, fix = rest.rpartition("; ")
+        super().__init__(f"{id}: {reason}; {fix}")
+        self.id, self.reason, self.fix = id, reason, fix
+
+    def __reduce__(self) -> tuple:
+        return BadSample, (self.id, self.reason, self.fix)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What is known of a sample without decoding it.
+
+    size: (height, width) of its picture as it stands on disk, turned upright; None where the header cannot be read.
+    kind: format and mode, such as "JPEG RGB" or "PNG I;16". problems: all that is wrong, as far as headers and captions
+    tell; a picture that is cut in the middle is found by reading it only.
+    """
+
+    id: str
+    caption: str
+    size: tuple[int, int] | None
+    kind: str = ""
+    problems: tuple[BadSample, ...] = ()
+
+
 class Source(ABC):
-    """A finite, ordered set of samples. Item i is always the same sample; the order of training is made elsewhere."""
+    """A finite, ordered set of samples. Item i is always the same sample; the order of training is made elsewhere.
+
+    signals: names of the exact maps in `Sample.signals`; every sample carries all of them.
+    on_bad_sample, max_bad_share: what the run wants to happen when `source[i]` raises `BadSample`: `raise` stops it, `skip`
+    asks for `src.data.tolerant.tolerant`, which puts a good sample in its place and stops above that share of bad ones.
+    A source itself always raises.
+    copies: rows in a run that come of the same files, as a picture and its mirror image do: bad together or not at all.
+    """
 
     name: str
     resolution: int
+    signals: tuple[str, ...] = ()
+    on_bad_sample: Literal["raise", "skip"] = "raise"
+    max_bad_share: float = 0.0
+    copies: int = 1
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     @abstractmethod
     def __getitem__(self, index: int) -> Sample:
-        """Sample `index`, its image (resolution, resolution, 3) uint8."""
+        """Sample `index`, its image (height, width, 3) uint8 of the size that `size_of` says.
+
+        Raises BadSample where its picture or one of its maps cannot be read whole, IndexError outside of 0..len-1.
+        """
 
     @abstractmethod
     def describe(self, index: int) -> tuple[str, str]:
-        """(id, caption) of a sample, without making its image."""
+        """(id, caption) of a sample, without making its image. Ids are unique within a source."""
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """A string that changes when any image or caption does: part of every cache's key."""
+        """A string that changes when any image or caption does, or how they are read: part of every cache's key."""
+
+    def size_of(self, index: int) -> tuple[int, int]:
+        """(height, width) of the image that `source[index]` gives; differs between samples only with aspect buckets."""
+        return self.resolution, self.resolution
+
+    def probe(self, index: int) -> Probe:
+        """What can be said of a sample in well under a millisecond: for lists of 10,000. Never raises BadSample."""
+        id, caption = self.describe(index)
+        return Probe(id, caption, self.size_of(index))
+
+
+_noted: set[str] = set()
+
+
+def note_once(topic: str, line: str) -> None:
+    """Print what is worth a line once per topic, however many samples it is true of (each worker has its own once)."""
+    if topic not in _noted:
+        _noted.add(topic)
+        print(f"note: {line}", flush=True)

@@ -15,5 +15,5 @@ EMBEDDED_BACKBONES = [
 
 def node(group: str, option: str):
     """The composed node of one option."""
-    extra = [f"data.path={CONF}"] if (group, option) == ("data", "folder") else []
+    extra = [f"data.path={CONF}"] if group == "data" and option in ("folder", "hub", "shards") else []
     return load("train", [f"{group}={option}", *extra])[group]

@@ -1,0 +1,292 @@
+"""What folder, hub and shards have in common: raw records in a fixed order, and the source that makes samples of them.
+
+Everything that headers and captions tell is checked when a source is made; pictures are decoded when they are asked for.
+"""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+from src.data import captions, picture, signals
+from src.data.framing import Aspect, Crop, Framing, Small, same_aspect
+from src.data.source import BadSample, Probe, Source, Split, note_once
+from src.types import Sample, UserError
+
+READING_VERSION = 1  # part of every fingerprint: raise it when a rule of picture, signals, captions or framing changes
+IMAGE = "image"  # the part of a record that is no signal
+
+
+class Records(ABC):
+    """The files of a data set as they stand, in a fixed order; nothing is decoded.
+
+    ids: one per record, unique. signals: names of the maps that every record has. where: how messages name the data set;
+    no_caption: what they say of records without one.
+    """
+
+    ids: list[str]
+    signals: tuple[str, ...] = ()
+    where: str
+    no_caption: str = "no caption"
+
+    @abstractmethod
+    def raw(self, row: int, part: str) -> Any:
+        """A path or bytes of the image or of a signal; nested lists where a data set holds joints as such."""
+
+    @abstractmethod
+    def name(self, row: int, part: str) -> str:
+        """How messages call this file."""
+
+    @abstractmethod
+    def caption(self, row: int) -> Any:
+        """The raw caption. Raises BadSample where it cannot be read."""
+
+    @abstractmethod
+    def stamp(self, row: int) -> str:
+        """Changes when the image or a signal does."""
+
+    def header(self, row: int) -> picture.Header:
+        """Of the image. Raises BadSample."""
+        return picture.header(self.raw(row, IMAGE), self.name(row, IMAGE))
+
+    def map_size(self, row: int, signal: str) -> tuple[int, int] | None:
+        """(height, width) of a map, None for joints. Raises BadSample."""
+        return signals.map_size(signal, self.raw(row, signal), self.name(row, signal))
+
+
+class RecordSource(Source):
+    """Samples of records: the last `val_images` are held out. Raises UserError for whatever can be refused from headers.
+
+    Ids are those of the records; a mirrored twin's ends in `~flip`.
+    Rules of training images: crop, crop_seed, flip (doubles the rows: 2i is the picture, 2i + 1 its mirror image, with its
+    signals), buckets (see `Framing`). Held-out images are squares cropped in the middle and never mirrored.
+    Rules of both: small_images: what becomes of pictures that must grow to fill their frame;
+    aspect: `refuse` pictures that lose an edge to the crop; matte: the colour behind transparency; missing_caption,
+    caption_seed: see `captions`. on_bad_sample, max_bad_share: see `Source`; with `skip`, unreadable headers are no reason
+    to refuse the whole.
+    """
+
+    injected: ClassVar = ("records",)
+    form: ClassVar[str]
+
+    def __init__(
+        self,
+        records: Records,
+        name: str,
+        val_images: int,
+        split: Split,
+        resolution: int,
+        *,
+        crop: Crop = "center",
+        crop_seed: int = 0,
+        flip: bool = False,
+        buckets: list[list[int]] | None = None,
+        small_images: Small = "upscale",
+        aspect: Aspect = "crop",
+        matte: str = "white",
+        missing_caption: captions.Missing = "refuse",
+        caption_seed: int = 0,
+        on_bad_sample: Literal["raise", "skip"] = "raise",
+        max_bad_share: float = 0.01,
+    ):
+        self.name, self.resolution, self.records, self.signals = name, resolution, records, records.signals
+        self.matte, self.on_bad_sample, self.max_bad_share = matte, on_bad_sample, max_bad_share
+        picture.check_matte(matte)
+        if not 0 <= max_bad_share < 1:
+            raise UserError(f"data.max_bad_share={max_bad_share:g} is not a share; write a number from 0 to below 1")
+        train = split == "train"
+        sizes = None if buckets is None else tuple(tuple(b) for b in buckets)
+        self.framing = Framing(resolution, crop if train else "center", crop_seed, sizes if train else None)
+        self.copies = 2 if train and flip else 1
+        self._missing, self._caption_seed = missing_caption, caption_seed
+
+        rows = list(range(len(records.ids)))
+        scans = [self._scan(r) for r in rows] if small_images == "drop" else None
+        if scans:
+            rows = self._drop_small(rows, scans)
+        self.rows = split_rows(rows, val_images, split, records.where)
+        self._refuse_twins()
+        self._scans = [scans[r] if scans else self._scan(r) for r in self.rows]
+        if on_bad_sample == "raise":
+            self._refuse_bad()
+        squared = not train and sizes is not None  # scores are compared on squares, whatever shapes are trained on
+        self._check_shapes(small_images, "crop" if squared else aspect)
+        self._captions = self._read_captions()
+
+    def __len__(self) -> int:
+        return len(self.rows) * self.copies
+
+    def __getitem__(self, index: int) -> Sample:
+        place, flip = self._place(index)
+        row, scan = self.rows[place], self._scans[place]
+        if isinstance(scan, BadSample):
+            raise scan
+        id, caption = self.describe(index)
+        name = self.records.name(row, IMAGE)
+        image = picture.read_rgb(self.records.raw(row, IMAGE), name, self.matte)
+        size = image.shape[:2]
+        if size != (scan.height, scan.width):
+            was = f"{size[1]} x {size[0]} pixels, where its header said {scan.width} x {scan.height}"
+            raise BadSample(name, was, "save it again, and start again if it was changed meanwhile")
+        frame = self.framing.frame(size, self.records.ids[row], flip)
+        maps = {}
+        for signal in self.signals:
+            raw, file = self.records.raw(row, signal), self.records.name(row, signal)
+            values = signals.read_map(signal, raw, file, self.matte)
+            if signals.SIGNALS[signal] != "joints":
+                check_pair(file, signal, values.shape[:2], size)
+            maps[signal] = frame.signal(signal, values)
+        return Sample(id=id, image=frame.apply(image), caption=caption, signals=maps)
+
+    def describe(self, index: int) -> tuple[str, str]:
+        place, flip = self._place(index)
+        id = self.records.ids[self.rows[place]]
+        return (f"{id}~flip" if flip else id), self._captions[place]
+
+    def fingerprint(self) -> str:
+        digest = hashlib.blake2b(digest_size=8)
+        rules = {**self.framing.settings(), "matte": self.matte, "copies": self.copies, "reading": READING_VERSION}
+        digest.update(f"{sorted(rules.items())}{self.signals}\n".encode())
+        for row, caption in zip(self.rows, self._captions, strict=True):
+            digest.update(f"{self.records.ids[row]}|{caption}|{self.records.stamp(row)}\n".encode())
+        return f"{self.form}-{digest.hexdigest()}-{self.resolution}px-n{len(self)}"
+
+    def size_of(self, index: int) -> tuple[int, int]:
+        """(height, width) of the image that `source[index]` gives: its bucket, or the square; a square also where the
+        header is bad, and then nothing is given."""
+        scan = self._scans[self._place(index)[0]]
+        if isinstance(scan, BadSample):
+            return self.resolution, self.resolution
+        return self.framing.target((scan.height, scan.width))
+
+    def probe(self, index: int) -> Probe:
+        place, _ = self._place(index)
+        row, scan = self.rows[place], self._scans[place]
+        id, caption = self.describe(index)
+        problems = [scan] if isinstance(scan, BadSample) else []
+        try:
+            raw = self.records.caption(row)
+            if captions.caption_of(raw, id, self._caption_seed) is None:
+                problems.append(BadSample(id, f"its caption is missing ({captions.why_missing(raw)})", "write it"))
+        except BadSample as bad:
+            problems.append(bad)
+        header = None if isinstance(scan, BadSample) else scan
+        size, kind = ((header.height, header.width), header.kind) if header else (None, "")
+        return Probe(id, caption, size, kind, tuple(problems))
+
+    def _place(self, index: int) -> tuple[int, bool]:
+        """(place in self.rows, whether it is the mirrored twin)"""
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)} in {self.records.where}")
+        return index // self.copies, index % self.copies == 1
+
+    def _scan(self, row: int) -> picture.Header | BadSample:
+        """The image's header, after those of its maps were compared with it."""
+        try:
+            found = self.records.header(row)
+            for signal in self.signals:
+                size = self.records.map_size(row, signal)
+                if size is not None:
+                    check_pair(self.records.name(row, signal), signal, size, (found.height, found.width))
+        except BadSample as bad:
+            return bad
+        return found
+
+    def _read_captions(self) -> list[str]:
+        raws: dict[int, Any] = {}
+        for place, row in enumerate(self.rows):
+            try:
+                raws[place] = self.records.caption(row)
+            except BadSample as bad:
+                self._scans[place] = bad
+        if self.on_bad_sample == "raise":
+            self._refuse_bad()
+        ids = [self.records.ids[self.rows[p]] for p in raws]
+        where, rules = self.records.where, (self._missing, self._caption_seed)
+        found = captions.settle(list(raws.values()), ids, *rules, where, self.records.no_caption)
+        there = dict(zip(raws, found, strict=True))
+        return [there.get(p, "") for p in range(len(self.rows))]
+
+    def _refuse_twins(self) -> None:
+        twins = first_twins(self.records.ids)
+        if twins:
+            raise UserError(f"{self.records.where}: the same id stands twice: {', '.join(twins)}; rename one of each")
+
+    def _refuse_bad(self) -> None:
+        bad = [s for s in self._scans if isinstance(s, BadSample)]
+        if bad:
+            raise refusal(bad, len(self.rows), self.records.where)
+
+    def _drop_small(self, rows: list[int], scans: Sequence[picture.Header | BadSample]) -> list[int]:
+        small = [r for r in rows if self._is(self.framing.is_small, scans[r])]
+        if small:
+            where = self.records.where
+            line = f"{len(small)} of {len(rows)} pictures of {where} are smaller than their frame and left out"
+            note_once(f"small {where}", line)
+        left = set(small)
+        return [r for r in rows if r not in left]
+
+    def _check_shapes(self, small_images: Small, aspect: Aspect) -> None:
+        where, count = self.records.where, len(self.rows)
+        faults = f"of {where} are smaller than their frame"
+        small = [p for p in range(count) if self._is(self.framing.is_small, self._scans[p])]
+        if small and small_images == "refuse":
+            fix = "write data.small_images=upscale or drop, or a smaller resolution"
+            raise UserError(f"{len(small)} of {count} pictures {faults}: {self._sized(small)}; {fix}")
+        if small:
+            note_once(f"small {where} {count}", f"{len(small)} of {count} pictures {faults} and scaled up")
+        cut = [p for p in range(count) if self._is(self.framing.cuts, self._scans[p])] if aspect == "refuse" else []
+        if cut:
+            fix = "write data.aspect=crop, or give them a bucket in data.buckets"
+            raise UserError(f"{len(cut)} of {count} pictures of {where} would lose an edge: {self._sized(cut)}; {fix}")
+
+    def _is(self, test: Callable[[tuple[int, int]], bool], scan: picture.Header | BadSample) -> bool:
+        return not isinstance(scan, BadSample) and test((scan.height, scan.width))
+
+    def _sized(self, places: Sequence[int]) -> str:
+        return ", ".join(
+            f"{self.records.ids[self.rows[p]]} ({self._scans[p].width} x {self._scans[p].height})" for p in places[:10]
+        )
+
+
+def split_rows(rows: list[int], val_images: int, split: Split, where: str) -> list[int]:
+    """The rows of a split: the last `val_images` are held out. Raises UserError where nothing is left to train on."""
+    if val_images < 1:
+        raise UserError(f"data.val_images={val_images}: at least 1 must be held out")
+    if len(rows) <= val_images:
+        raise UserError(f"{where} holds {len(rows)} images, and data.val_images={val_images} leaves none to train on")
+    return rows[:-val_images] if split == "train" else rows[-val_images:]
+
+
+def check_pair(name: str, signal: str, size: tuple[int, int], image: tuple[int, int]) -> None:
+    """Refuse a map whose aspect ratio is not its image's: whichever were cropped would be a guess. Raises BadSample."""
+    if not same_aspect(size, image):
+        reason = f"the {signal} map is {size[1]} x {size[0]} pixels, its image {image[1]} x {image[0]} (upright)"
+        raise BadSample(name, reason, "crop and turn both alike")
+
+
+def refusal(bad: Sequence[BadSample], count: int, where: str) -> UserError:
+    """One line for samples that were found bad when a source was made; a single one speaks for itself."""
+    if len(bad) == 1:
+        return bad[0]
+    first = ", ".join(f"{b.id} ({b.reason})" for b in bad[:10])
+    fix = "mend or remove them, or write data.on_bad_sample=skip"
+    return UserError(f"{len(bad)} of {count} samples of {where} cannot be read: {first}; {fix}")
+
+
+def first_twins(names: Sequence[str]) -> list[str]:
+    """The first 10 names that stand more than once."""
+    seen: set[str] = set()
+    return list(dict.fromkeys(n for n in names if n in seen or seen.add(n)))[:10]
+
+
+def column(columns: Sequence[str], wanted: str, key: str, where: str) -> str:
+    """A column by its name. Raises UserError, listing those that are there."""
+    if wanted not in columns:
+        raise UserError(f"{key}={wanted}: {where} has no such column; its columns are {', '.join(columns)}")
+    return wanted
+
+
+def as_names(given: Mapping[str, Any] | None) -> dict[str, str]:
+    """A mapping of the configuration as a plain dictionary of words."""
+    return {str(k): str(v) for k, v in (given or {}).items()}

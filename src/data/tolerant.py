@@ -1,0 +1,118 @@
+"""What becomes of a run when some of its samples are bad: each is replaced by a good one, and listed.
+
+A truncated picture is found by reading it only, and a row's caption must be its picture's, so every sample is read once
+before the first is used. What was found is kept by the source's fingerprint, and costs nothing the next time.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import DataLoader, Dataset
+
+from src.data.source import BadSample, Probe, Source
+from src.types import Sample, UserError
+
+
+class TolerantSource(Source):
+    """A source whose bad rows give another row's sample: image, signals, caption and id alike, whoever asks.
+
+    replaced: bad row -> the next good one behind it, counted on from the start after the last. The length stays, so a
+    position means the same row as without bad samples.
+    """
+
+    def __init__(self, source: Source, replaced: dict[int, int]):
+        self.source, self.replaced = source, replaced
+        self.name, self.resolution, self.signals, self.copies = source.name, source.resolution, source.signals, source.copies
+        self.on_bad_sample, self.max_bad_share = source.on_bad_sample, source.max_bad_share
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.source[self._good(index)]
+
+    def describe(self, index: int) -> tuple[str, str]:
+        return self.source.describe(self._good(index))
+
+    def size_of(self, index: int) -> tuple[int, int]:
+        return self.source.size_of(self._good(index))
+
+    def probe(self, index: int) -> Probe:
+        return self.source.probe(self._good(index))
+
+    def fingerprint(self) -> str:
+        """The source's own where nothing is replaced."""
+        if not self.replaced:
+            return self.source.fingerprint()
+        pairs = hashlib.blake2b(f"{sorted(self.replaced.items())}".encode(), digest_size=6).hexdigest()
+        return f"{self.source.fingerprint()}-skips{len(self.replaced)}-{pairs}"
+
+    def _good(self, index: int) -> int:
+        return self.replaced.get(index, index)
+
+
+def tolerant(source: Source, folder: Path, workers: int = 0, say: Callable[[str], None] = print) -> Source:
+    """The source as its `on_bad_sample` wants it: itself, or with bad samples replaced.
+
+    folder: where the list of bad samples is kept, `skipped-<key>.jsonl`, one object per bad row: id, reason, fix,
+    replaced_by, row, by_row. Raises UserError with the list if more than `max_bad_share` of the samples are bad.
+    """
+    if source.on_bad_sample == "raise":
+        return source
+    file = folder / f"skipped-{hashlib.blake2b(source.fingerprint().encode(), digest_size=8).hexdigest()}.jsonl"
+    if not file.is_file():
+        say(f"data.on_bad_sample=skip: reading all {len(source)} samples of {source.name} once, to find the bad ones")
+        _write(file, find_bad(source, workers))
+    skipped = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    if len(skipped) > source.max_bad_share * len(source):
+        first = ", ".join(f"{s['id']} ({s['reason']})" for s in skipped[:10])
+        raise UserError(
+            f"{len(skipped)} of {len(source)} samples are bad, more than data.max_bad_share={source.max_bad_share:g}: {first}; "
+            f"all stand in {file}; mend them, or allow a larger share"
+        )
+    if skipped:
+        say(f"{len(skipped)} of {len(source)} samples of {source.name} are bad and replaced by the next good ones: {file}")
+    return TolerantSource(source, {s["row"]: s["by_row"] for s in skipped})
+
+
+def find_bad(source: Source, workers: int) -> list[dict[str, Any]]:
+    """Read every sample, and list the bad ones in their order: see `tolerant`. Without a good one, nothing replaces them."""
+    rows = range(0, len(source), source.copies)
+    reasons = DataLoader(_Reasons(source, rows), batch_size=None, num_workers=workers)
+    bad = {row + k: why for row, why in zip(rows, reasons, strict=True) if why for k in range(source.copies)}
+    found = []
+    for row, (reason, fix) in bad.items():
+        by = next((r % len(source) for r in range(row + 1, row + len(source)) if r % len(source) not in bad), None)
+        other = None if by is None else source.describe(by)[0]
+        found.append(
+            {"id": source.describe(row)[0], "reason": reason, "fix": fix, "replaced_by": other, "row": row, "by_row": by}
+        )
+    return found
+
+
+class _Reasons(Dataset):
+    """Why a row cannot be read, (reason, fix); None where it can. A class of its own, so that workers can do the reading."""
+
+    def __init__(self, source: Source, rows: range):
+        self.source, self.rows = source, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> tuple[str, str] | None:
+        try:
+            self.source[self.rows[i]]
+        except BadSample as bad:
+            return f"{bad.id}: {bad.reason}", bad.fix
+        return None
+
+
+def _write(file: Path, found: list[dict[str, Any]]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f".{file.name}.{os.getpid()}")
+    part.write_text("".join(json.dumps(f, ensure_ascii=False) + "\n" for f in found), encoding="utf-8")
+    os.replace(part, file)
