@@ -23,7 +23,8 @@ from src.construct import construct, partial
 from src.control_score import HeldOut
 from src.data.datamodule import ControlData, ImageStream, Stores
 from src.data.source import Source
-from src.data.stores import build_stores
+from src.data.stores import build_all_stores
+from src.data.tolerant import tolerant
 from src.profiling.memory import blank_batch
 from src.sampling import solver_for
 from src.support import check_cell
@@ -102,7 +103,11 @@ def plan(cfg: DictConfig) -> Plan:
     backbone = construct(cfg.backbone, resolution=cfg.resolution)
     check_cell(cfg, backbone)
     task = construct(cfg.task)
+    for note in task.notes:
+        _say(note)
     train, val = (construct(cfg.data, split=split, resolution=cfg.resolution) for split in ("train", "val"))
+    for side in {side for row in range(len(train)) for side in train.size_of(row)} - {cfg.resolution}:
+        backbone.check_resolution(side, "a side of data.buckets")
     if len(val) < cfg.validation.final_images:
         raise UserError(f"validation.final_images={cfg.validation.final_images}, but data.val_images gives {len(val)}")
     return Plan(backbone, task, train, val)
@@ -113,16 +118,10 @@ def load_world(cfg: DictConfig, made: Plan) -> World:
     device, backbone = device_of(cfg), made.backbone
     backbone.load(device, backbone_dtype(cfg))
     codec = backbone.load_codec(device)
-    space = cfg.adapter.condition_space
-    stores = [
-        build_stores(
-            source, made.task, backbone, codec, space, Path(cfg.cache_dir), device, cfg.seed, cfg.hardware.workers, _say
-        )
-        for source in (made.train_source, made.val_source)
-    ]
+    stores = cached(cfg, made, codec)
     backbone.drop_text()
     samples = [made.val_source[i] for i in range(cfg.validation.final_images)]
-    conditions = [made.task.make_condition(s, np.random.default_rng(0)) for s in samples]
+    conditions = [made.task.condition_of(s, cfg.seed) for s in samples]
     held = HeldOut(
         stores=stores[1],
         images=np.stack([s.image for s in samples]),
@@ -135,6 +134,14 @@ def load_world(cfg: DictConfig, made: Plan) -> World:
         seed=cfg.seed,
     )
     return World(backbone, codec, made.task, stores[0], stores[1], held, backbone.weight_hash())
+
+
+def cached(cfg: DictConfig, made: Plan, codec: Codec) -> list[Stores]:
+    """The caches of both splits, filled. Bad samples are replaced in `made`'s sources first, where the data says so."""
+    folder, workers, space = Path(cfg.cache_dir), cfg.hardware.workers, cfg.adapter.condition_space
+    made.train_source, made.val_source = (tolerant(s, folder, workers, _say) for s in (made.train_source, made.val_source))
+    sources, device = [made.train_source, made.val_source], device_of(cfg)
+    return build_all_stores(sources, made.task, made.backbone, codec, space, folder, device, cfg.seed, workers, _say)
 
 
 def new_adapter(cfg: DictConfig, backbone: Backbone, training: bool = True) -> ControlAdapter:
@@ -178,7 +185,8 @@ def load_sampler(cfg: DictConfig, checkpoint: Path) -> Sampler:
     meta = {"adapter": cfg.adapter.name, "backbone": backbone.facts.source, "backbone_hash": backbone.weight_hash()}
     adapter.load_state_dict(fitting_weights(checkpoint, adapter.state_dict(), meta))
     torch.nn.Module.to(backbone.net, backbone_dtype(cfg))
-    return Sampler(backbone, backbone.load_codec(device), construct(cfg.task), adapter.to(device).eval())
+    given = {k: None if k == "lpips_weights" else v for k, v in cfg.task.items()}  # a metric's weights are not drawn with
+    return Sampler(backbone, backbone.load_codec(device), construct(given), adapter.to(device).eval())
 
 
 def compile_blocks(backbone: Backbone, adapter: ControlAdapter) -> None:
@@ -208,14 +216,15 @@ def identity(cfg: DictConfig, world: World) -> dict:
 
 def run_context(cfg: DictConfig, world: World, root: Path, folder: Path, loggers: list, with_condition: bool) -> RunContext:
     """Data streams and everything that callbacks need; with_condition=False makes a no-control arm."""
-    train = ImageStream(world.train, cfg.seed, cfg.caption_dropout, with_condition)
+    batch = cfg.budget.effective_batch
+    train = ImageStream(world.train, cfg.seed, cfg.caption_dropout, with_condition, effective_batch=batch)
     val = ImageStream(world.val, cfg.seed, 0.0, with_condition, stream="val")
     total = total_images(cfg)
     data = ControlData(train, val, total, cfg.hardware.micro_batch, cfg.hardware.workers, cfg.validation.final_images)
     return RunContext(
         root=root,
         folder=folder,
-        effective_batch=cfg.budget.effective_batch,
+        effective_batch=batch,
         total_images=total,
         stop_at_images=cfg.budget.stop_at_images,
         with_condition=with_condition,

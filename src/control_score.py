@@ -71,7 +71,7 @@ def _batches(
             condition = {
                 RIGHT: lambda some=some: stores.condition_rows(some),
                 WRONG: lambda some=some: stores.condition_rows([wrong_row(r, count) for r in some]),
-                ZERO: lambda some=some: stores.zero_condition.repeat(len(some), *[1] * (stores.zero_condition.ndim - 1)),
+                ZERO: lambda some=some: stores.zero_rows(some),
             }[arm]()
             features = adapter.features_of(condition)
         latent_shape = tuple(stores.latents.rows("latents", some[:1]).shape[1:])

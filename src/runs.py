@@ -6,7 +6,6 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from src.checkpoint import newest
 from src.config import NOT_SCIENCE, config_sha, science_diff
 from src.types import UserError
 
@@ -21,11 +20,15 @@ class Run:
 
     def checkpoint(self, arm: str = "") -> Path | None:
         """The newest whole checkpoint of the run or of its arm."""
+        from src.checkpoint import newest  # Lightning comes with it, and not every run trains
+
         return newest(self.folder / arm / "checkpoints") if self.resumed else None
 
 
 def trained_run(run: str) -> tuple[DictConfig, Path]:
     """-> configuration and newest checkpoint of a run folder, for whoever uses what it trained. Raises UserError without."""
+    from src.checkpoint import newest
+
     folder = Path(run)
     if not (folder / "config.yaml").is_file():
         raise UserError(f"run={run}: no config.yaml there; give a folder that `python -m src.train` printed as `run: ...`")
@@ -42,7 +45,7 @@ def open_run(cfg: DictConfig, typed: list[str]) -> Run:
     may be given anew. Raises UserError where there is nothing to resume, or where a typed key would change the science.
     """
     if cfg.resume is None:
-        return _new(cfg)
+        return new_run(cfg)
     if cfg.resume == "auto":
         root = Path(cfg.output_dir) / cfg.name
         for folder in sorted(root.glob("*/"), reverse=True):
@@ -52,14 +55,15 @@ def open_run(cfg: DictConfig, typed: list[str]) -> Run:
                 print(f"resume=auto: continuing {folder}", flush=True)
                 return _old(folder, cfg, typed)
         print(f"resume=auto: no unfinished run of this configuration in {root}, starting a new one", flush=True)
-        return _new(cfg)
+        return new_run(cfg)
     folder = Path(cfg.resume)
     if not (folder / "config.yaml").is_file():
         raise UserError(f"resume={cfg.resume}: no config.yaml there, so it is no run folder; try resume=auto")
     return _old(folder, cfg, typed)
 
 
-def _new(cfg: DictConfig) -> Run:
+def new_run(cfg: DictConfig) -> Run:
+    """A folder of its own below cfg.output_dir, with the configuration in it."""
     stamp = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     for n in range(100):
         folder = Path(cfg.output_dir) / cfg.name / (stamp if n == 0 else f"{stamp}-{n}")

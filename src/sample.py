@@ -55,7 +55,7 @@ def draw(cfg: DictConfig, trained: DictConfig, model: "build.Sampler", condition
             )
     if cfg.condition_is_image:
         sample = Sample(id=condition_file.name, image=shown, caption=cfg.prompt)
-        shown = model.task.make_condition(sample, np.random.default_rng(rng.key(trained.seed, "condition", cfg.seed)))
+        shown = model.task.condition_of(sample, trained.seed)
     text = backbone.encode_text([cfg.prompt], device).to(device)
     empty = backbone.encode_text([""], device).to(device)
     side = trained.resolution // backbone.facts.factor

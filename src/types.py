@@ -106,7 +106,8 @@ class BackboneFacts:
     patch: latent side of a feature at step 0; depth: K; widths: D before step 0 and after each step, K + 1 numbers;
     middle: the step at which the decoder begins, for the half-size copy (a transformer's second half, a U-Net's middle block);
     text_tokens: L; text_width, pooled_width: D and P of `TextCond`; text_mask: whether it carries a mask.
-    levels: widths of a U-Net's levels; attends: which of them have attention.
+    levels: widths of a U-Net's levels; attends: which of them have attention. largest: pixels of the longest side that the
+    position embedding reaches; None where it has no end.
     """
 
     family: str
@@ -125,6 +126,7 @@ class BackboneFacts:
     text_mask: bool = False
     levels: tuple[int, ...] = ()
     attends: tuple[bool, ...] = ()
+    largest: int | None = None
     licence_url: str | None = None
 
     @property

@@ -74,7 +74,8 @@ def test_model_offloading_of_diffusers_takes_the_dropin_along(make):
         before = hook.pre_forward
         hook.pre_forward = lambda module, *args, **kwargs: (moved.append(module), before(module, *args, **kwargs))[1]
         assert torch.equal(theirs(pipe, backbone), expected)
-        assert moved and all(module is network for module in moved)
+        assert moved
+        assert all(module is network for module in moved)
     finally:
         pipe.remove_all_hooks()
     assert torch.equal(theirs(pipe, backbone), expected)

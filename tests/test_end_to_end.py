@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from src.config import CONF, load
+from src.prepare import VERBS
 from src.results import read_results, read_rows
 from src.support import options
 from tests.conftest import QUICK, ROOT, run_entry, run_folder
@@ -53,7 +54,7 @@ GROUPS = sorted(p.name for p in CONF.iterdir() if p.is_dir() and p.name not in (
 @pytest.mark.parametrize("group", GROUPS)
 def test_every_option_of_every_group_composes(group):
     for option in options(group):
-        more = {"folder": ["data.path=."], "adamw8bit": []}.get(option, [])
+        more = ["data.path=."] if group == "data" and option in ("folder", "hub", "shards") else []
         if option == "adamw8bit":
             pytest.importorskip("bitsandbytes")
         assert load("train", [f"{group}={option}", *more])
@@ -209,6 +210,19 @@ def test_every_command_of_the_documents_works(document, words, finished, tmp_pat
         filled = [o.replace("runs/NAME/STAMP", str(finished[1])) for o in overrides]
         done = run_entry(entry, *filled, f"out={tmp_path}/one.png", "steps=2")
         assert done.returncode == 0, done.stderr
+    elif entry == "report":
+        done = run_entry(entry, *[o.replace("[runs]", f"[{finished[1]}]") for o in overrides[:1]], f"out={tmp_path}")
+        assert done.returncode == 0, done.stderr
+        assert "| unicon |" in (tmp_path / "table.md").read_text()
+    elif entry == "prepare" and overrides[0] in VERBS:
+        for i in range(16):
+            Image.fromarray(np.random.default_rng(i).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
+            (tmp_path / f"{i}.txt").write_text("noise")
+        filled = [o.replace("DATA", str(tmp_path)).replace("SHARDS", str(tmp_path / "out")) for o in overrides]
+        quick = [w for w in QUICK if not w.startswith("data.")] if overrides[0] == "cache" else []
+        places = [f"cache_dir={tmp_path / 'cache'}"] if quick else []
+        done = run_entry(entry, *filled, "data.val_images=8", *quick, *places)
+        assert done.returncode == 0, done.stdout + done.stderr
     elif "--list" in overrides:
         done = run_entry(entry, *overrides)
         assert done.returncode == 0, done.stderr

@@ -9,10 +9,10 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, ModelMixin
 
-from src import prepare
 from src.backbones.source import EMBEDDED_ROOT
 from src.config import load
 from src.embedded import plan, training
+from src.embedded import stages as prepare
 from src.embedded.card import snippet
 from src.embedded.families import FAMILIES, VAE_OWNER, of_folder, of_pipeline
 from src.embedded.reader import SIZE

@@ -212,12 +212,15 @@ class Backbone(nn.Module, ABC):
         """Stays in evaluation mode: a trainer that calls `train()` on everything must not wake the backbone."""
         return super().train(False)
 
-    def check_resolution(self, resolution: int) -> None:
-        """Refuse a resolution that does not divide into latents and patches, naming the nearest legal ones."""
-        m = self.facts.multiple
-        if resolution % m or resolution < m:
-            low = max(m, resolution // m * m)
-            raise UserError(f"resolution={resolution} is not a multiple of {m} (autoencoder x patch): use {low} or {low + m}")
+    def check_resolution(self, side: int, key: str = "resolution") -> None:
+        """Refuse a side in pixels that does not divide into latents and patches, naming the nearest legal ones, or that is
+        beyond the position embedding. key: where it was written."""
+        m, largest = self.facts.multiple, self.facts.largest
+        if side % m or side < m:
+            low = max(m, side // m * m)
+            raise UserError(f"{key}={side} is not a multiple of {m} (autoencoder x patch): use {low} or {low + m}")
+        if largest is not None and side > largest:
+            raise UserError(f"{key}={side}: the position embedding of {self.facts.source} ends at {largest} pixels a side")
 
     def weight_hash(self) -> str:
         """16 hex digits over every parameter and buffer of the network: equal before and after training."""

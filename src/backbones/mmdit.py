@@ -47,6 +47,7 @@ class SD3(Backbone):
             text_tokens=clip["max_position_embeddings"] + self.t5_tokens,
             text_width=net["joint_attention_dim"],
             pooled_width=net["pooled_projection_dim"],
+            largest=factor * net["patch_size"] * net["pos_embed_max_size"],
             licence_url=self.model.licence_url,
         )
 

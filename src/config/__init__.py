@@ -1,30 +1,26 @@
-"""The typed root of every entry's configuration, and the way from a command line to a checked one.
-
-Types live here, values in conf/*.yaml: a default is written once. Groups with a `_target_` are free mappings whose schema
-is the signature of the class they name. `cli` is what an entry calls; `load` composes and checks inside a program.
+"""The way from a command line to a checked configuration: `cli` is what an entry calls; `load` composes and checks inside a
+program. Types are in `schema`, values in conf/*.yaml.
 """
 
 import functools
 import os
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn
+from typing import Any, NoReturn
 
 import hydra
 from hydra._internal.utils import get_args_parser
-from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import MISSING, DictConfig, open_dict
+from omegaconf import DictConfig, open_dict
 
 from src.config.checks import ConfigError, Incompatible, Unsupported, Where, check_unknown, check_values, resolve
 from src.config.compose import COMMAND_LINE, CONF, Request, compose
 from src.config.rules import NOT_SCIENCE, accumulation, check_together, config_sha, resolve_hardware, science_diff
-from src.objectives import TIME_LAWS
+from src.config.schema import SCHEMAS, ExportConfig, PrepareConfig, SampleConfig, TrainConfig
 from src.types import UserError
 
 __all__ = ["CONF", "NOT_SCIENCE", "ConfigError", "Incompatible", "Unsupported"]
@@ -32,144 +28,6 @@ __all__ += ["ExportConfig", "PrepareConfig", "SampleConfig", "TrainConfig"]
 __all__ += ["accumulation", "cli", "config_sha", "load", "preflight", "resolve_hardware", "science_diff"]
 
 MAX_SWEPT_VALUES = 16  # values of one key that are checked before a sweep starts; each job checks itself in any case
-NODE, NODES = {"kind": "node"}, {"kind": "nodes"}  # a mapping with a `_target_`; a mapping of such
-
-
-def _key(**facts: Any) -> Any:
-    """A key whose value stands in yaml. least, below: bounds; choices: the legal words."""
-    return field(default=MISSING, metadata=facts)
-
-
-@dataclass
-class BudgetConfig:
-    """How much is learned, in images, whatever the machine."""
-
-    images: int = _key(least=1)
-    effective_batch: int = _key(least=1)
-    stop_at_images: int | None = _key(least=1)
-
-
-@dataclass
-class ValidationConfig:
-    """What is drawn and scored while training, and at its end."""
-
-    every_images: int = _key(least=1)
-    images: int = _key(least=1)
-    final_images: int = _key(least=1)
-    steps: int = _key(least=1)
-    guidance: float = _key(least=0)
-
-
-@dataclass
-class HardwareConfig:
-    """Speed only: nothing here may change a result. In `auto`, null is filled in from the profile that fits the machine."""
-
-    name: str = MISSING
-    accelerator: str = _key(choices=("auto", "cpu", "gpu"))
-    devices: int | None = _key(least=1)
-    precision: str | None = _key(choices=("32-true", "bf16-mixed", "16-mixed"))
-    micro_batch: int | None = _key(least=1)
-    workers: int | None = _key(least=0)
-    threads: int | None = _key(least=1)
-    checkpointing: bool | None = MISSING
-    compile: bool | None = MISSING
-    strategy: str | None = MISSING
-    memory_gib: float | None = _key(least=0)
-
-
-@dataclass
-class OptimizerConfig:
-    """algorithm: a `_partial_` node that still wants the parameters."""
-
-    algorithm: dict[str, Any] = field(default=MISSING, metadata=NODE)
-    warmup_images: int = _key(least=0)
-    decay: str = _key(choices=("constant", "cosine"))
-    clip_norm: float | None = _key(least=0)
-
-
-@dataclass
-class LoggerConfig:
-    """Where curves go besides the run folder. mode auto: online if there is a key, else offline with one line."""
-
-    name: str = _key(choices=("wandb", "local"))
-    project: str | None = MISSING
-    entity: str | None = MISSING
-    group: str | None = MISSING
-    mode: str = _key(choices=("auto", "online", "offline", "disabled"))
-
-
-@dataclass
-class TrainConfig:
-    """`python -m src.train`; the meaning of each key is beside its value in conf/train.yaml."""
-
-    also: ClassVar = ("+experiment",)  # written on the command line, and no key of the configuration itself
-    seed: int = _key(least=0)
-    resolution: int = _key(least=1)
-    budget: BudgetConfig = MISSING
-    caption_dropout: float = _key(least=0, below=1)
-    time_law: str = _key(choices=TIME_LAWS)
-    ema_decay: float = _key(least=0, below=1)
-    control_arm: bool = MISSING
-    resume: str | None = MISSING
-    output_dir: str = MISSING
-    cache_dir: str = MISSING
-    name: str = MISSING
-    tags: list[str] = MISSING
-    validation: ValidationConfig = MISSING
-    backbone: dict[str, Any] = field(default=MISSING, metadata=NODE)
-    adapter: dict[str, Any] = field(default=MISSING, metadata=NODE)
-    task: dict[str, Any] = field(default=MISSING, metadata=NODE)
-    data: dict[str, Any] = field(default=MISSING, metadata=NODE)
-    hardware: HardwareConfig = MISSING
-    optimizer: OptimizerConfig = MISSING
-    logger: LoggerConfig = MISSING
-    callbacks: dict[str, Any] = field(default=MISSING, metadata=NODES)
-
-
-@dataclass
-class SampleConfig:
-    """`python -m src.sample`: one condition and one prompt to one image."""
-
-    run: str = MISSING
-    prompt: str = MISSING
-    condition: str = MISSING
-    condition_is_image: bool = MISSING
-    out: str | None = MISSING
-    scale: float = MISSING
-    seed: int = _key(least=0)
-    steps: int = _key(least=1)
-    guidance: float = _key(least=0)
-    hardware: HardwareConfig = MISSING
-
-
-@dataclass
-class PrepareConfig:
-    """`python -m src.prepare`: train an embedded backbone from nothing, on scenes that it renders itself."""
-
-    seed: int = _key(least=0)
-    world_images: int = _key(least=1)
-    vae_steps: int | None = _key(least=1)
-    backbone_steps: int | None = _key(least=1)
-    reader_steps: int = _key(least=1)
-    out: str | None = MISSING
-    cache_dir: str = MISSING
-    workers: int = _key(least=0)
-    backbone: dict[str, Any] = field(default=MISSING, metadata=NODE)
-
-
-@dataclass
-class ExportConfig:
-    """`python -m src.export`: the trained adapter of a run for diffusers."""
-
-    run: str = MISSING
-    out: str = MISSING
-    form: str = _key(choices=("auto", "diffusers", "dropin"))
-
-
-SCHEMAS: dict[str, type] = {"train": TrainConfig, "sample": SampleConfig, "prepare": PrepareConfig, "export": ExportConfig}
-for _name, _schema in SCHEMAS.items():
-    ConfigStore.instance().store(name=f"{_name}_schema", node=_schema, provider="src.config")
-
 
 # ---- from a command line to a checked configuration -------------------------------------------------------------------
 

@@ -6,12 +6,14 @@ micro-batch, worker count or resume sees the same images with the same draws, an
 
 from dataclasses import dataclass
 
+import numpy as np
 import pytorch_lightning as pl
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from src import rng
 from src.data.cache import TensorStore
+from src.data.order import StreamOrder
 from src.types import Batch, TextCond
 
 
@@ -19,7 +21,8 @@ from src.types import Batch, TextCond
 class Stores:
     """The cached rows of one split. ids, captions: one per row; empty_text: the encoded empty prompt.
 
-    zero_condition: (1, ...) the encoded black picture; it stands in for every condition of a no-control arm.
+    zero_conditions: (1, ...) the encoded black picture, one per image size; it stands in for every condition of a
+    no-control arm. buckets: the rows of each image size, where there are several.
     """
 
     ids: list[str]
@@ -28,7 +31,8 @@ class Stores:
     text: TensorStore
     conditions: TensorStore
     empty_text: TextCond
-    zero_condition: Tensor
+    zero_conditions: tuple[Tensor, ...]
+    buckets: tuple[np.ndarray, ...] = ()
 
     def text_rows(self, rows: list[int]) -> TextCond:
         return TextCond.of({name: self.text.rows(name, rows).float() for name in self.empty_text.fields()})
@@ -38,28 +42,38 @@ class Stores:
         stored = self.conditions.rows("condition", rows)
         return stored if stored.dtype.is_floating_point else stored.float() / 255
 
+    def zero_rows(self, rows: list[int]) -> Tensor:
+        """The black picture's condition for rows of one size."""
+        size = next((n for n, bucket in enumerate(self.buckets) if rows[0] in bucket), 0)
+        zero = self.zero_conditions[size]
+        return zero.expand(len(rows), *zero.shape[1:])
+
 
 class ImageStream(Dataset):
     """Positions of the training stream -> a `Batch`.
 
     stores: training rows; seed: of the run; caption_dropout: share of images whose caption is replaced by the empty
-    prompt, drawn per position; with_condition: False replaces every condition by the black picture's.
+    prompt, drawn per position; with_condition: False replaces every condition by the black picture's; effective_batch: images
+    per optimizer step, which are all of one size.
     stream: name of the random stream; held-out data has its own, so that its draws never change.
     """
 
-    def __init__(self, stores: Stores, seed: int, caption_dropout: float, with_condition: bool = True, stream: str = "train"):
+    def __init__(
+        self,
+        stores: Stores,
+        seed: int,
+        caption_dropout: float,
+        with_condition: bool = True,
+        stream: str = "train",
+        effective_batch: int = 1,
+    ):
         self.stores, self.seed, self.caption_dropout = stores, seed, caption_dropout
         self.with_condition, self.stream = with_condition, stream
-        self._order: tuple[int, object] = (-1, None)
+        self._order = StreamOrder(seed, stores.buckets or [np.arange(len(stores.ids))], effective_batch)
 
     def row(self, position: int) -> int:
-        """The data row at a position: a fresh permutation each epoch; the plain order for held-out data."""
-        epoch, place = divmod(position, len(self.stores.ids))
-        if self.stream != "train":
-            return place
-        if self._order[0] != epoch:
-            self._order = (epoch, rng.permutation(self.seed, "order", epoch, len(self.stores.ids)))
-        return int(self._order[1][place])
+        """The data row at a position: `StreamOrder`'s; the plain order for held-out data."""
+        return self._order.row(position) if self.stream == "train" else position % len(self.stores.ids)
 
     def __getitems__(self, positions: list[int]) -> Batch:
         rows = [self.row(n) for n in positions]
@@ -67,8 +81,7 @@ class ImageStream(Dataset):
         text = self.stores.text_rows(rows)
         dropped = rng.uniform(self.seed, f"{self.stream}-caption", positions) < self.caption_dropout
         text = text.where(~dropped, self.stores.empty_text)
-        zero = self.stores.zero_condition
-        condition = self.stores.condition_rows(rows) if self.with_condition else zero.expand(len(rows), *zero.shape[1:])
+        condition = self.stores.condition_rows(rows) if self.with_condition else self.stores.zero_rows(rows)
         return Batch(
             index=list(positions),
             ids=[self.stores.ids[r] for r in rows],

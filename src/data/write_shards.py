@@ -1,0 +1,299 @@
+"""Any source as WebDataset tar shards, which `data=shards` reads back with the same ids, captions, pictures and signals.
+
+A shard is a pure function of the sources and its number: its rows follow from `plan_shards`, its members have a fixed order
+and no time stamp. So whoever writes it writes the same bytes, and a killed or second process goes on where shards are
+missing. `index.json` comes last, when all are there.
+"""
+
+import functools
+import hashlib
+import io
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+import tarfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+
+from src import rng
+from src.data.cache import mib
+from src.data.locks import RowLocks, WholeFile
+from src.data.signals import SIGNALS
+from src.data.source import Source
+from src.types import Sample, UserError
+
+SHARDS_VERSION = 1  # raise it when the bytes of a shard change
+MEASURED = 64  # samples from which the size of all is estimated
+TAR_RECORD = tarfile.RECORDSIZE
+PICTURES = {"png": {}, "jpg": {"quality": 95, "subsampling": 0}}  # Pillow's options; jpg loses a little
+SAY_EVERY_S = 30.0
+Engine = Literal["local", "ray"]
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """What goes where. sources: written one behind the other; rows_per_shard: from `plan_shards`."""
+
+    out: Path
+    sources: tuple[Source, ...]
+    picture: str
+    rows_per_shard: int
+
+    @property
+    def rows(self) -> int:
+        return sum(map(len, self.sources))
+
+    @property
+    def count(self) -> int:
+        """Of shards."""
+        return -(-self.rows // self.rows_per_shard)
+
+    def path(self, shard: int) -> Path:
+        return self.out / f"{shard:05d}.tar"
+
+    def rows_of(self, shard: int) -> range:
+        return range(shard * self.rows_per_shard, min((shard + 1) * self.rows_per_shard, self.rows))
+
+    def sample(self, row: int) -> Sample:
+        for source in self.sources:
+            if row < len(source):
+                return source[row]
+            row -= len(source)
+        raise IndexError(f"row {row} behind the end")
+
+    def missing(self) -> list[int]:
+        return [shard for shard in range(self.count) if not self.path(shard).exists()]
+
+
+def write_shards(
+    sources: Sequence[Source],
+    out: Path,
+    shard_mib: float,
+    picture: str,
+    engine: Engine,
+    workers: int,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Write what is missing of all shards -> the content of index.json.
+
+    shard_mib: size of a shard on average; picture: png or jpg; engine: `local` processes, or `ray` tasks on a cluster that
+    shares the folder; workers: how many. Raises UserError if the folder holds other shards, or the disk is too small.
+    """
+    if engine == "ray":
+        _import_ray()
+    plan = plan_shards(sources, out, shard_mib, picture, say)
+    began, before = time.monotonic(), len(plan.missing())
+    if before:
+        {"local": _run_local, "ray": _run_ray}[engine](plan, workers, say)
+    index = _index(plan)
+    with WholeFile(out / "index.json") as part:
+        part.write_text(json.dumps(index, indent=1) + "\n")
+    rate = f" in {time.monotonic() - began:.0f} s" if before else ", all there before"
+    say(f"{index['rows']} samples in {len(index['shards'])} shards, {mib(index['bytes'])}{rate}")
+    return index
+
+
+def plan_shards(sources: Sequence[Source], out: Path, shard_mib: float, picture: str, say: Callable[[str], None]) -> ShardPlan:
+    """Settle how many rows a shard has, from the size of `MEASURED` drawn samples, and leave it in plan.json.
+
+    Raises UserError if plan.json is of another source or other settings, or the disk has no room.
+    """
+    whole = ShardPlan(out, tuple(sources), picture, 1)
+    wanted = {
+        "version": SHARDS_VERSION,
+        "sources": [source.fingerprint() for source in sources],
+        "signals": list(sources[0].signals),
+        "picture": picture,
+        "shard_mib": shard_mib,
+    }
+    file = out / "plan.json"
+    if file.exists():
+        found = json.loads(file.read_text())
+        other = [key for key in wanted if found.get(key) != wanted[key]]
+        if other:
+            was = ", ".join(f"{key}={found.get(key)}, not {wanted[key]}" for key in other)
+            raise UserError(f"out={out} holds shards with {was}; name another folder, or delete that one")
+        plan = ShardPlan(out, whole.sources, picture, found["rows_per_shard"])
+        each = found["bytes_per_row"]
+    else:
+        drawn = rng.permutation(0, "shards", 0, whole.rows)[:MEASURED]
+        each = float(np.mean([sum(512 + -(-len(d) // 512) * 512 for _, d in members(whole.sample(r), picture)) for r in drawn]))
+        plan = ShardPlan(out, whole.sources, picture, max(1, round((shard_mib * 2**20 - TAR_RECORD / 2) / each)))
+    left = plan.missing()
+    todo = int(each * sum(len(plan.rows_of(shard)) for shard in left))
+    if left:
+        at = f"{plan.rows} samples, about {mib(int(each * plan.rows))} in {plan.count} shards of {plan.rows_per_shard} in {out}"
+        say(at if len(left) == plan.count else f"{at}, {len(left)} of them to do")
+    there = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
+    if todo > (free := shutil.disk_usage(there).free):
+        raise UserError(
+            f"out={out}: about {mib(todo)} are to be written and the disk has {mib(free)} free; name another folder"
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    with WholeFile(file) as part:
+        part.write_text(
+            json.dumps({**wanted, "rows_per_shard": plan.rows_per_shard, "bytes_per_row": round(each, 1)}, indent=1) + "\n"
+        )
+    return plan
+
+
+# ---- one shard --------------------------------------------------------------------------------------------------------
+
+
+def members(sample: Sample, picture: str) -> list[tuple[str, bytes]]:
+    """(suffix, bytes) of a sample's files, in their order in a shard: the picture, its caption, its id, its signals."""
+    found = [(picture, _encoded(sample.image, picture)), ("txt", sample.caption.encode())]
+    found.append(("json", json.dumps({"id": sample.id}, ensure_ascii=False).encode()))
+    return found + [(suffix_of(name), _signal_bytes(name, sample.signals[name])) for name in sorted(sample.signals)]
+
+
+def suffix_of(signal: str) -> str:
+    """How a signal's file ends: pictures and labels are lossless PNG, numbers .npy."""
+    return f"{signal}.{'npy' if SIGNALS.get(signal, 'depth') in ('depth', 'joints') else 'png'}"
+
+
+def _signal_bytes(name: str, values: np.ndarray) -> bytes:
+    if suffix_of(name).endswith("png"):
+        return _encoded(values, "png")
+    buffer = io.BytesIO()
+    np.save(buffer, values, allow_pickle=False)
+    return buffer.getvalue()
+
+
+def _encoded(picture: np.ndarray, form: str) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, {"png": "PNG", "jpg": "JPEG"}[form], **PICTURES[form])
+    return buffer.getvalue()
+
+
+def write_shard(plan: ShardPlan, shard: int) -> None:
+    """Put one shard in place, whole; the caller holds its lock, or another process writes the same bytes."""
+    with WholeFile(plan.path(shard)) as part, tarfile.open(part, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for row in plan.rows_of(shard):
+            for suffix, content in members(plan.sample(row), plan.picture):
+                entry = tarfile.TarInfo(f"{row:08d}.{suffix}")  # its owner, mode and time are constants
+                entry.size = len(content)
+                tar.addfile(entry, io.BytesIO(content))
+
+
+def write_missing(plan: ShardPlan, say: Callable[[str], None]) -> None:
+    """Write shards until none is missing, together with any other process that does so."""
+    locks, said = RowLocks(plan.out), time.monotonic()
+    try:
+        while todo := plan.missing():
+            idle = True
+            for shard in todo:
+                if _write_claimed(plan, shard, locks):
+                    idle = False
+                    if time.monotonic() - said > SAY_EVERY_S:
+                        said = time.monotonic()
+                        say(f"  {len(plan.missing())} of {plan.count} shards to do")
+            if idle:
+                locks.wait(range(todo[0], todo[0] + 1))  # another process is writing it
+    finally:
+        locks.close()
+
+
+def _write_claimed(plan: ShardPlan, shard: int, locks: RowLocks) -> bool:
+    """Write a shard unless it is there or another process is writing it -> whether it was written."""
+    mine = range(shard, shard + 1)
+    if not locks.take(mine):
+        return False
+    try:
+        if plan.path(shard).exists():
+            return False
+        if locks.work:  # what a killed process left
+            for part in plan.out.glob(f".{plan.path(shard).name}.*"):
+                part.unlink(missing_ok=True)
+        write_shard(plan, shard)
+        return True
+    finally:
+        locks.release(mine)
+
+
+# ---- all of them ------------------------------------------------------------------------------------------------------
+
+
+def _silent(line: str) -> None:
+    return None
+
+
+def _run_local(plan: ShardPlan, workers: int, say: Callable[[str], None]) -> None:
+    if workers < 2:
+        return write_missing(plan, say)
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        jobs = [pool.submit(write_missing, plan, _silent) for _ in range(workers)]
+        for job in jobs:
+            job.result()
+
+
+def _import_ray() -> Any:
+    try:
+        import ray.data
+    except ModuleNotFoundError as error:
+        raise UserError("engine=ray needs the package ray: pip install 'controlbench[ray]', or write engine=local") from error
+    return ray
+
+
+def _run_ray(plan: ShardPlan, workers: int, say: Callable[[str], None]) -> None:
+    """One Ray Data task per shard; every node must see the folder and the data. Ray starts a task again that dies, and its
+    lock died with it."""
+    ray = _import_ray()
+    if not ray.is_initialized():
+        own = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": workers or None, "include_dashboard": False}
+        ray.init(log_to_driver=False, logging_level="ERROR", **own)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    todo, shared = plan.missing(), ray.put(plan)
+    jobs = ray.data.range(len(todo), override_num_blocks=len(todo))
+    at_once = ray.data.TaskPoolStrategy(workers or None)
+    jobs.map_batches(functools.partial(_ray_task, shared, todo), batch_size=1, compute=at_once).materialize()
+    write_missing(plan, say)  # nothing is left, unless another process was killed while it held a shard
+
+
+def _ray_task(shared: Any, todo: list[int], batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    import ray
+
+    plan = ray.get(shared)
+    locks = RowLocks(plan.out)
+    try:
+        return {"written": np.array([_write_claimed(plan, todo[int(i)], locks) for i in batch["id"]])}
+    finally:
+        locks.close()
+
+
+def _index(plan: ShardPlan) -> dict[str, Any]:
+    """Counts and hashes of all shards, read back from the disk."""
+    shards = []
+    for shard in range(plan.count):
+        with plan.path(shard).open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        size = plan.path(shard).stat().st_size
+        shards.append({"name": plan.path(shard).name, "rows": len(plan.rows_of(shard)), "bytes": size, "sha256": digest})
+    return {
+        "version": SHARDS_VERSION,
+        "rows": plan.rows,
+        "rows_of_sources": [len(source) for source in plan.sources],
+        "bytes": sum(shard["bytes"] for shard in shards),
+        "resolution": plan.sources[0].resolution,
+        "picture": plan.picture,
+        "signals": {name: suffix_of(name) for name in plan.sources[0].signals},
+        "sources": [source.fingerprint() for source in plan.sources],
+        "shards": shards,
+    }
+
+
+def reading_words(index: dict[str, Any], out: Path, val_images: int) -> str:
+    """The words with which `data=shards` reads them back."""
+    maps = ",".join(f"{name}: {suffix}" for name, suffix in sorted(index["signals"].items()))
+    signals = f' "data.signals={{{maps}}}"' if maps else ""
+    return f"data=shards data.path={out} data.val_images={val_images}{signals}"
