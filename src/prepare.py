@@ -25,6 +25,7 @@ VERBS = {  # verb -> the configuration that it composes, and what it is for
     "check": ("prepare_check", "counts, sizes, captions and the worst problems of a data set, in seconds"),
     "cache": ("train", "latents, texts and conditions of a training, computed before it: the same words as src.train"),
     "shards": ("prepare_shards", "any source as WebDataset tar shards"),
+    "probe": ("prepare_probe", "the detector of depth and joints on scenes, trained from nothing"),
     "speed": ("train", "images per second of the loader, and how long a training step waits for them"),
 }
 HELP_FLAGS = ("--help", "-h")
@@ -127,6 +128,15 @@ def shards(cfg: DictConfig) -> None:
     sources = [tolerant(source, out, cfg.workers, say) for source in made]
     index = write_shards(sources, out, cfg.shard_mib, cfg.picture, cfg.engine, cfg.workers, say)
     say(f"to read them: {reading_words(index, out, len(sources[-1]))}")
+
+
+def probe(cfg: DictConfig) -> None:
+    """Train the scene probe, and write its weights, recipe and measured quality."""
+    from src.embedded.probe import train_probe
+    from src.tasks.scene_probe import FOLDER
+
+    folder = train_probe(Path(cfg.cache_dir), cfg.steps, cfg.workers, say, cfg.seed, Path(cfg.out) if cfg.out else FOLDER)
+    say(f"{folder}/README.md says how good it is")
 
 
 def speed(cfg: DictConfig) -> None:

@@ -169,6 +169,17 @@ class ShardsConfig:
 
 
 @dataclass
+class ProbeConfig:
+    """`python -m src.prepare probe`: the detector of depth and joints on scenes, trained from nothing."""
+
+    seed: int = _key(least=0)
+    steps: int = _key(least=1)
+    workers: int = _key(least=0)
+    out: str | None = MISSING
+    cache_dir: str = MISSING
+
+
+@dataclass
 class ExportConfig:
     """`python -m src.export`: the trained adapter of a run for diffusers."""
 
@@ -191,6 +202,7 @@ SCHEMAS: dict[str, type] = {
     "prepare": PrepareConfig,
     "prepare_check": CheckConfig,
     "prepare_shards": ShardsConfig,
+    "prepare_probe": ProbeConfig,
     "export": ExportConfig,
     "report": ReportConfig,
 }

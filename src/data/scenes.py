@@ -13,6 +13,7 @@ from src.data.source import Source, Split
 from src.types import Sample
 
 SCENES_VERSION = 1  # part of every cache key: raise it when a picture changes
+PEOPLE_VERSION = 1  # the same for the scenes with people alone
 COLOURS = {
     "red": (0.82, 0.10, 0.10),
     "green": (0.10, 0.62, 0.16),
@@ -41,6 +42,17 @@ JOINTS = (
     "right_hip", "right_knee", "right_ankle", "left_hip", "left_knee", "left_ankle",
 )  # fmt: skip
 BONES = ((1, 2), (2, 3), (3, 4), (1, 5), (5, 6), (6, 7), (1, 8), (8, 9), (9, 10), (1, 11), (11, 12), (12, 13), (0, 1))
+SIDES = (-1, 1)  # of a person who faces the camera: its right is at the left of the picture
+PEOPLE_POSES = {  # name -> ranges of the right and left upper arm, then of the forearms; "waving" also the other way round
+    "with arms down": (((-1.5, -0.7), (-1.5, -0.7)), ((-1.7, -0.3), (-1.7, -0.3))),
+    "with arms out": (((-0.4, 0.4), (-0.4, 0.4)), ((-0.7, 0.7), (-0.7, 0.7))),
+    "with arms up": (((0.5, 1.3), (0.5, 1.3)), ((0.6, 1.9), (0.6, 1.9))),
+    "waving": (((-1.5, -0.7), (-0.2, 0.9)), ((-1.7, -0.3), (0.8, 1.9))),
+}
+HEAD_RADIUS, LIMB_RADIUS = 0.19, 0.10
+PEOPLE_HEIGHT = (0.65, 0.85)  # of the frame, from a person's highest to its lowest point
+PEOPLE_WIDTH = 0.88  # of the frame at most, from hand to hand
+COMPANY_SHARE = 0.5  # of the scenes with people, those with a second thing
 PERSON_SHARE = 0.15
 COUNT_SHARES = (0.45, 0.45, 0.10)  # scenes with one, two and three things
 
@@ -81,22 +93,31 @@ class Scene:
         return f"{listed}, {self.floor} floor"
 
 
+def _body_joints(upper: np.ndarray, fore: np.ndarray, knees: np.ndarray, ankles: np.ndarray) -> np.ndarray:
+    """-> (14, 3) of a person at the origin, in the order of `JOINTS`; right side first in every argument.
+
+    upper, fore: (2,) upward angles of the arms; knees, ankles: (2, 3) from the hip of that side.
+    """
+    neck = np.array([0, 1.62, 0])
+    joints = [neck + [0, 0.32, 0], neck]
+    for side, (a, b) in zip(SIDES, zip(upper, fore, strict=True), strict=True):
+        shoulder = neck + [0.26 * side, -0.08, 0]
+        elbow = shoulder + 0.42 * np.array([side * np.cos(a), np.sin(a), 0])
+        joints += [shoulder, elbow, elbow + 0.42 * np.array([side * np.cos(b), np.sin(b), 0])]
+    for side, knee, ankle in zip(SIDES, knees, ankles, strict=True):
+        hip = np.array([0.16 * side, 0.88, 0])
+        joints += [hip, hip + knee, hip + ankle]
+    return np.stack(joints)
+
+
 def _person_joints(rng: np.random.Generator, x: float, z: float, pose: str) -> np.ndarray:
     """-> (14, 3) world positions in the order of `JOINTS`; angles are the pose's plus a little noise."""
     scale = rng.uniform(1.05, 1.22)
     upper, fore = (np.array(a) + rng.uniform(-0.15, 0.15, 2) for a in POSES[pose])
     lean = rng.uniform(0.10, 0.28, 2)
-    neck = np.array([0, 1.62, 0])
-    joints = [neck + [0, 0.32, 0], neck]
-    for side, (a, b) in zip((-1, 1), zip(upper, fore, strict=True), strict=True):
-        shoulder = neck + [0.26 * side, -0.08, 0]
-        elbow = shoulder + 0.42 * np.array([side * np.cos(a), np.sin(a), 0])
-        joints += [shoulder, elbow, elbow + 0.42 * np.array([side * np.cos(b), np.sin(b), 0])]
-    for side, angle in zip((-1, 1), lean, strict=True):
-        hip = np.array([0.16 * side, 0.88, 0])
-        leg = np.array([side * np.sin(angle), -np.cos(angle), 0])
-        joints += [hip, hip + 0.42 * leg, hip + 0.82 * leg]
-    return (np.stack(joints) * scale + [x, 0, z]).astype(np.float32)
+    legs = np.array([[side * np.sin(angle), -np.cos(angle), 0] for side, angle in zip(SIDES, lean, strict=True)])
+    joints = _body_joints(upper, fore, 0.42 * legs, 0.82 * legs)
+    return (joints * scale + [x, 0, z]).astype(np.float32)
 
 
 def sample_scene(seed: int, index: int) -> Scene:
@@ -125,6 +146,56 @@ def sample_scene(seed: int, index: int) -> Scene:
     return Scene(tuple(things[i] for i in order), floor, view)
 
 
+def sample_people(seed: int, index: int) -> Scene:
+    """The scene number `index` of the world `seed` with people: one person, posed freely, and in half of them another thing.
+
+    Limbs take any angle that their pose's name allows, the person turns up to 0.6 rad to a side, and its distance is such
+    that it fills `PEOPLE_HEIGHT` of the frame. The camera looks at it, but not at its middle.
+    """
+    rng = np.random.default_rng([seed, index, 1])
+    pose = str(rng.choice(list(POSES)))
+    joints = _posed(rng, pose)
+    radius = np.array([HEAD_RADIUS] + [LIMB_RADIUS] * (len(JOINTS) - 1))[:, None]
+    low, high = (joints - radius).min(0), (joints + radius).max(0)
+    wide, tall, _ = high - low
+    share = min(rng.uniform(*PEOPLE_HEIGHT), PEOPLE_WIDTH * tall / wide)
+    frame = tall / share  # scene units from edge to edge of the picture, where the person stands
+    z = frame / (2 * np.tan(0.5 * View.fov))
+    spare_x, spare_y = (np.array([PEOPLE_WIDTH * frame - wide, (1 - share) * frame]) / 2).clip(0)
+    camera_x, height, yaw = rng.uniform(-0.35, 0.35), rng.uniform(1.35, 2.0), rng.uniform(-0.06, 0.06)
+    aim = (low[1] + high[1]) / 2 + rng.uniform(-0.6, 0.6) * spare_y
+    view = View(x=camera_x, height=height, pitch=np.arctan((height - aim) / z), yaw=yaw)
+    x = view.x + np.tan(yaw) * z + rng.uniform(-0.8, 0.8) * spare_x
+    joints = (joints + [x - (low[0] + high[0]) / 2, 0, z]).astype(np.float32)
+    colours = [str(c) for c in rng.choice(list(COLOURS), 2, replace=False)]
+    things = [Thing("person", colours[0], "large", 0.62, float(x), float(z), 0.0, pose, joints)]
+    floor = str(rng.choice(list(FLOORS)))
+    if rng.uniform() < COMPANY_SHARE:
+        shape, size = str(rng.choice(SHAPES)), str(rng.choice(list(SIZES)))
+        radius = SIZES[size] * rng.uniform(0.92, 1.08)
+        place = _free_place(rng, radius, view, [(float(x), float(z), 0.62)], near=False)
+        things.append(Thing(shape, colours[1], size, radius, *place, rng.uniform(0, np.pi / 2)))
+    return Scene(tuple(things[i] for i in rng.permutation(len(things))), floor, view)
+
+
+def _posed(rng: np.random.Generator, pose: str) -> np.ndarray:
+    """-> (14, 3) joints of a person above the origin with freely drawn limbs, its lower foot on the floor."""
+    scale = rng.uniform(1.05, 1.22)
+    upper, fore = (np.array([rng.uniform(*side) for side in sides]) for sides in PEOPLE_POSES[pose])
+    if rng.uniform() < 0.5:  # of the poses with names only waving tells one side from the other
+        upper, fore = upper[::-1], fore[::-1]
+    thighs, shins, turn = rng.uniform(0.02, 0.5, 2), rng.uniform(-0.2, 0.4, 2), rng.uniform(-0.6, 0.6)
+    knees, shanks = (
+        np.array([[side * np.sin(angle), -np.cos(angle), 0] for side, angle in zip(SIDES, angles, strict=True)])
+        for angles in (thighs, shins)
+    )
+    joints = _body_joints(upper, fore, 0.42 * knees, 0.42 * knees + 0.40 * shanks)
+    c, s = np.cos(turn), np.sin(turn)
+    joints = joints @ np.array([[c, 0, s], [0, 1, 0], [-s, 0, c]])
+    joints[:, 1] -= joints[:, 1].min() - 0.06
+    return joints * scale
+
+
 def _free_place(rng: np.random.Generator, radius: float, view: View, taken: list, near: bool) -> tuple[float, float]:
     """A floor position in view whose line of sight and footprint are clear of `taken`; the last draw if none is found."""
     x = z = 0.0
@@ -146,10 +217,10 @@ def _bodies(scene: Scene) -> list[Body]:
         if thing.shape == "person":
             j = thing.joints
             hips = (j[8] + j[11]) / 2
-            limbs = [(a, b, 0.10) for a, b in BONES[:-1] if (a, b) not in ((1, 8), (1, 11))]
+            limbs = [(a, b, LIMB_RADIUS) for a, b in BONES[:-1] if (a, b) not in ((1, 8), (1, 11))]
             bodies += [Body("capsule", tuple(j[a]), w, rgb, owner, tip=tuple(j[b])) for a, b, w in limbs]
             bodies.append(Body("capsule", tuple(j[1] - [0, 0.22, 0]), 0.19, rgb, owner, tip=tuple(hips)))
-            bodies.append(Body("ball", tuple(j[0]), 0.19, rgb, owner))
+            bodies.append(Body("ball", tuple(j[0]), HEAD_RADIUS, rgb, owner))
         elif thing.shape == "ball":
             bodies.append(Body("ball", (thing.x, r, thing.z), r, rgb, owner))
         elif thing.shape == "cube":
@@ -183,13 +254,26 @@ class SceneSource(Source):
     """Scenes as a data set: `train_images` of one world and `val_images` of another, rendered when asked for.
 
     world_seed: training scenes come from the world `2 * world_seed`, held-out ones from `2 * world_seed + 1`.
+    people: every scene has one person, large enough to be posed (`sample_people`).
     Signals: depth, segmentation and joints, exact, as `render` returns them.
     """
 
-    def __init__(self, name: str, world_seed: int, train_images: int, val_images: int, split: Split, resolution: int):
+    signals = ("depth", "joints", "segmentation")
+
+    def __init__(
+        self,
+        name: str,
+        world_seed: int,
+        train_images: int,
+        val_images: int,
+        split: Split,
+        resolution: int,
+        people: bool = False,
+    ):
         self.name, self.resolution = name, resolution
         self.world = 2 * world_seed + (split == "val")
         self.count = train_images if split == "train" else val_images
+        self.kind, self.sample = ("people", sample_people) if people else ("scene", sample_scene)
 
     def __len__(self) -> int:
         return self.count
@@ -197,12 +281,13 @@ class SceneSource(Source):
     def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < self.count:
             raise IndexError(f"scene {index} of {self.count}")
-        drawn = render(sample_scene(self.world, index), self.resolution)
+        drawn = render(self.sample(self.world, index), self.resolution)
         name, caption = self.describe(index)
         return Sample(id=name, image=drawn.pop("image"), caption=caption, signals=drawn)
 
     def describe(self, index: int) -> tuple[str, str]:
-        return f"scene-{self.world}-{index}", sample_scene(self.world, index).caption
+        return f"{self.kind}-{self.world}-{index}", self.sample(self.world, index).caption
 
     def fingerprint(self) -> str:
-        return f"scenes-v{SCENES_VERSION}-world{self.world}-{self.resolution}px-n{self.count}"
+        of_people = "" if self.kind == "scene" else f"-people-v{PEOPLE_VERSION}"
+        return f"scenes-v{SCENES_VERSION}{of_people}-world{self.world}-{self.resolution}px-n{self.count}"

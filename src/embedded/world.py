@@ -13,9 +13,9 @@ import numpy as np
 
 from src.data.scenes import BONES, SCENES_VERSION, render, sample_scene
 from src.tasks.edges import colour_canny
+from src.tasks.nearness import depth_picture
 from src.tasks.skeleton import draw_skeletons
 
-DEPTH_NEAR, DEPTH_FAR = 2.5, 7.5  # scene units mapped to white and black
 CHUNK = 250
 
 
@@ -26,11 +26,6 @@ class World:
     images: np.ndarray
     captions: list[str]
     maps: np.ndarray
-
-
-def depth_picture(depth: np.ndarray) -> np.ndarray:
-    """(S, S) depth in scene units -> (S, S) uint8, near is white."""
-    return np.round(255 * (1 - np.clip((depth - DEPTH_NEAR) / (DEPTH_FAR - DEPTH_NEAR), 0, 1))).astype(np.uint8)
 
 
 def _render_chunk(job: tuple[int, int, int, int, int]) -> tuple[np.ndarray, list[str], np.ndarray]:
