@@ -5,7 +5,7 @@ Legend: B batch, C latent channels, H W latent size. t is float in [0, 1]: 0 is 
 
 import copy
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 from src.types import UserError
 
 TIME_LAWS = ("native", "cubic")
+FLOW_WEIGHT_CAP = 25.0  # an all but pure noise says nothing of x0, however much an error there would weigh
 
 
 def _column(t_B: Tensor, like: Tensor) -> Tensor:
@@ -112,7 +113,10 @@ class Diffusion(Objective):
     schedule: "scaled_linear" (Stable Diffusion: linear in the square root of beta) or "linear" (DiT, PixArt-alpha);
     beta_start, beta_end: its ends; train_steps: their number. Step k of 0..train_steps - 1 is t = (k + 1) / train_steps;
     a t in between takes the nearest step. min_snr_gamma: clip the signal-to-noise ratio that weighs the loss (Hang et al.
-    2023, 2303.09556); None: every step weighs the same, as in the original trainings. t is drawn uniformly.
+    2023, 2303.09556); None: every step weighs the same, as in the original trainings.
+    native_law: "uniform", every step as often, as in the original trainings; or "flow", the levels and weights of SD3's
+    flow: s / a is that of a logit-normal time, and an error weighs as much as the velocity's that it amounts to. Of a
+    uniform draw on the linear schedule half are all but pure noise, where a small training learns nothing.
     """
 
     def __init__(
@@ -122,12 +126,15 @@ class Diffusion(Objective):
         beta_end: float = 0.012,
         train_steps: int = 1000,
         min_snr_gamma: float | None = None,
+        native_law: Literal["uniform", "flow"] = "uniform",
     ):
         ends = {
             "linear": lambda: torch.linspace(beta_start, beta_end, train_steps, dtype=torch.float64),
             "scaled_linear": lambda: torch.linspace(beta_start**0.5, beta_end**0.5, train_steps, dtype=torch.float64) ** 2,
         }
-        self.train_steps, self.min_snr_gamma = train_steps, min_snr_gamma
+        if native_law == "flow" and min_snr_gamma is not None:
+            raise ValueError("native_law='flow' has weights of its own: leave min_snr_gamma=None")
+        self.train_steps, self.min_snr_gamma, self.native_law = train_steps, min_snr_gamma, native_law
         self.signal_T = (1 - ends[schedule]()).cumprod(0)  # a^2 of each step
 
     def steps(self, t_B: Tensor) -> Tensor:
@@ -140,7 +147,12 @@ class Diffusion(Objective):
         return _column(signal.sqrt(), like), _column((1 - signal).sqrt(), like)
 
     def native_t(self, uniform_B: Tensor) -> Tensor:
-        return self.on_grid(uniform_B)
+        if self.native_law == "uniform":
+            return self.on_grid(uniform_B)
+        ratio = torch.special.ndtri(uniform_B.double().clamp(1e-6, 1 - 1e-6)).exp()  # s / a = time / (1 - time)
+        signal_T = self.signal_T.to(ratio.device)
+        step = torch.searchsorted(-signal_T, -1 / (1 + ratio.square())).clamp(max=self.train_steps - 1)
+        return ((step + 1) / self.train_steps).float()
 
     def on_grid(self, t_B: Tensor) -> Tensor:
         step = (t_B.double() * self.train_steps).floor().clamp(max=self.train_steps - 1)
@@ -166,9 +178,11 @@ class EpsilonPrediction(Diffusion):
         return a * x0_BCHW + s * noise_BCHW, noise_BCHW
 
     def weight(self, t_B: Tensor) -> Tensor:
+        snr = self.snr(t_B)
+        if self.native_law == "flow":  # velocity = noise - x0, and x0 is off by s / a times the noise's error
+            return (1 + snr.rsqrt()).square().clamp(max=FLOW_WEIGHT_CAP)
         if self.min_snr_gamma is None:
             return torch.ones_like(t_B)
-        snr = self.snr(t_B)
         return snr.clamp(max=self.min_snr_gamma) / snr
 
     def to_x0(self, x_t_BCHW: Tensor, prediction_BCHW: Tensor, t_B: Tensor) -> Tensor:
@@ -184,9 +198,11 @@ class VPrediction(Diffusion):
         return a * x0_BCHW + s * noise_BCHW, a * noise_BCHW - s * x0_BCHW
 
     def weight(self, t_B: Tensor) -> Tensor:
+        snr = self.snr(t_B)
+        if self.native_law == "flow":  # an error of v is one of a v in the noise and of s v in x0: (a + s)^2
+            return ((snr.sqrt() + 1) / (snr + 1).sqrt()).square()
         if self.min_snr_gamma is None:
             return torch.ones_like(t_B)
-        snr = self.snr(t_B)
         return snr.clamp(max=self.min_snr_gamma) / (snr + 1)
 
     def to_x0(self, x_t_BCHW: Tensor, prediction_BCHW: Tensor, t_B: Tensor) -> Tensor:
@@ -194,8 +210,11 @@ class VPrediction(Diffusion):
         return a * x_t_BCHW - s * prediction_BCHW
 
 
-def diffusion_of(scheduler: dict[str, Any]) -> Diffusion:
-    """The objective that a diffusers scheduler configuration describes. Raises UserError for one that is not known here."""
+def diffusion_of(scheduler: dict[str, Any], native_law: Literal["uniform", "flow"] = "uniform") -> Diffusion:
+    """The objective that a diffusers scheduler configuration describes. Raises UserError for one that is not known here.
+
+    native_law: see `Diffusion`; no scheduler says how its model was trained.
+    """
     given = {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02, "num_train_timesteps": 1000} | scheduler
     known = {"epsilon": EpsilonPrediction, "v_prediction": VPrediction}
     kind, schedule, betas = given.get("prediction_type", "epsilon"), given["beta_schedule"], given.get("trained_betas")
@@ -206,4 +225,5 @@ def diffusion_of(scheduler: dict[str, Any]) -> Diffusion:
             f"rescale_betas_zero_snr={zero_snr}: known are {sorted(known)} on linear and scaled_linear schedules; "
             "use a model with such a scheduler"
         )
-    return known[kind](schedule, given["beta_start"], given["beta_end"], given["num_train_timesteps"])
+    betas = given["beta_start"], given["beta_end"]
+    return known[kind](schedule, *betas, given["num_train_timesteps"], native_law=native_law)

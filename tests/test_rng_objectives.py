@@ -168,3 +168,31 @@ def test_unknown_schedulers_are_refused(config, said):
     with pytest.raises(UserError, match=said) as caught:
         diffusion_of(BETAS["linear"] | config)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [EpsilonPrediction, VPrediction])
+def test_the_flow_law_draws_and_weighs_as_a_flow_does(kind):
+    made = kind("linear", 1e-4, 0.02, native_law="flow")
+    u = (torch.arange(999, dtype=torch.float64) + 0.5) / 999
+    t = made.sample_t(u)
+    ratio = made.snr(t).rsqrt()  # noise over signal
+    time = FlowMatching().sample_t(u).double()
+    inside = (ratio > 0.02) & (ratio < 50)  # the schedule's first and last steps stand for all beyond them
+    assert inside.float().mean() > 0.99
+    assert torch.allclose(ratio[inside] / (1 + ratio[inside]), time[inside], atol=0.01)
+    # one wrong prediction, as an error of the flow's velocity noise - x0
+    x0, noise, wrong = torch.randn(3, 999, 4, 2, 2, dtype=torch.float64)
+    x_t, target = made.corrupt(x0, noise, t)
+    said = made.to_x0(x_t, target + 1e-3 * wrong, t)
+    a, s = made.scales(t, x0)
+    velocity_error = ((x_t - a * said) / s - noise) - (said - x0)
+    found = made.loss(target + 1e-3 * wrong, target, t).double()
+    expected = velocity_error.square().flatten(1).mean(1)
+    free = made.weight(t) < 25
+    assert torch.allclose(found[free], expected[free], rtol=1e-4)
+    assert (found <= expected * (1 + 1e-4)).all()
+
+
+def test_the_flow_law_has_its_own_weights():
+    with pytest.raises(ValueError, match="leave min_snr_gamma=None"):
+        VPrediction(native_law="flow", min_snr_gamma=5.0)

@@ -7,7 +7,7 @@ variance, which is cut off: the loss and diffusers' sampler read the first half 
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,15 +21,16 @@ from src.types import BackboneFacts, StreamState, TextCond
 class PixArt(Backbone):
     """PixArt-alpha (2310.00426).
 
-    text_tokens: T5 tokens, padded and masked; the rest: see `Backbone`. The 1024-pixel model also embeds size and aspect
+    text_tokens: T5 tokens, padded and masked; native_law: the noise levels that it was trained at (see `Diffusion`), and
+    adapters with it; the rest: see `Backbone`. The 1024-pixel model also embeds size and aspect
     ratio, which are those of the latents that it is given.
     """
 
     NET: ClassVar = "transformer"
     TEXT_PARTS: ClassVar = ("text_encoder", "tokenizer")
 
-    def __init__(self, *, text_tokens: int, **common: Any):
-        self.text_tokens = text_tokens
+    def __init__(self, *, text_tokens: int, native_law: Literal["uniform", "flow"], **common: Any):
+        self.text_tokens, self.native_law = text_tokens, native_law
         super().__init__(**common)
 
     def _read_facts(self) -> BackboneFacts:
@@ -54,7 +55,7 @@ class PixArt(Backbone):
         )
 
     def _make_objective(self) -> Diffusion:
-        return diffusion_of(self.model.config("scheduler"))
+        return diffusion_of(self.model.config("scheduler"), self.native_law)
 
     def _load_text(self, folder: Path, device: torch.device) -> Callable[[list[str]], TextCond]:
         return PixArtText(folder, device, self.text_tokens)

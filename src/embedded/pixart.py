@@ -16,23 +16,6 @@ TEXT_WIDTH = 64
 BETAS = {"beta_start": 0.0001, "beta_end": 0.02}  # the linear schedule of DiT, which PixArt-alpha keeps
 
 
-class FlowLevels(EpsilonPrediction):
-    """Noise prediction with the noise levels of SD3's flow, and with their weight.
-
-    Drawn evenly, half of the linear schedule's steps are all but pure noise: a small training spends half of its samples
-    where nothing can be learned. Here s / a of a step is that of a flow at a logit-normal time (2403.03206, section 3.1),
-    and an error of the noise weighs as much as the same error of the flow's velocity, (1 + s / a)^2, up to 25.
-    """
-
-    def native_t(self, uniform_B: Tensor) -> Tensor:
-        ratio = torch.special.ndtri(uniform_B.double().clamp(1e-6, 1 - 1e-6)).exp()  # s / a = time / (1 - time)
-        step = torch.searchsorted(-self.signal_T, -1 / (1 + ratio.square())).clamp(max=self.train_steps - 1)
-        return ((step + 1) / self.train_steps).float()
-
-    def weight(self, t_B: Tensor) -> Tensor:
-        return (1 + self.snr(t_B).rsqrt()).square().clamp(max=25)
-
-
 def build_transformer(seed: int) -> PixArtTransformer2DModel:
     """Eight blocks of width 160 over 4x4 image tokens.
 
@@ -60,7 +43,7 @@ class TinyPixArt(TinyModel):
         self.transformer = build_transformer(seed)
         self.tokenizer = t5_tokenizer()
         self.text = t5_encoder(self.tokenizer, TEXT_WIDTH, seed + 1)
-        self.objective = FlowLevels("linear", **BETAS)
+        self.objective = EpsilonPrediction("linear", **BETAS, native_law="flow")
 
     def tokens(self, captions: list[str]) -> Tensor:
         padded = self.tokenizer(captions, padding="max_length", max_length=TEXT_TOKENS, truncation=True)
