@@ -41,21 +41,28 @@ def test_the_committed_result_proves_control():
 
 @pytest.mark.parametrize("name", COMMITTED)
 def test_a_committed_experiment_follows_its_condition(name):
-    """At least 0.25 over another image's condition and over none, with an interval, on 256 held-out images or more."""
+    """For certain better than with another image's condition and than with none, on 256 held-out images or more; in canny_f1
+    by 0.25, which is the criterion of the main job, elsewhere by the task's own gap."""
     result = read_results(ROOT / "experiments" / name / "results.json")
     assert result.experiment == name
+    metric, least = (
+        next(iter(result.metrics)),
+        0.25 if result.task == "canny" else construct(node("task", result.task)).control_gap,
+    )
     for arm in ("wrong_condition", "no_condition"):
-        gain = result.metrics[f"canny_f1/gain_over_{arm}"]
+        gain = result.metrics[f"{metric}/gain_over_{arm}"]
         assert gain["n"] >= 256
-        assert gain["ci95"][0] >= 0.25, arm
+        sign = 1 if gain["better"] == "higher" else -1
+        assert min(sign * bound for bound in gain["ci95"]) >= least, arm
 
 
 @pytest.mark.parametrize("name", COMMITTED)
 def test_the_experiment_file_names_what_it_reached(name):
     text = (ROOT / "conf" / "experiment" / f"{name}.yaml").read_text()
-    said = float(re.search(r"^# reaches: canny_f1 (0\.\d+)", text, re.MULTILINE).group(1))
     result = read_results(ROOT / "experiments" / name / "results.json")
-    assert said == round(result.metrics["canny_f1"]["value"], 2)
+    metric = next(iter(result.metrics))
+    said = re.search(rf"^# reaches: {metric} (\d+\.(\d+))", text, re.MULTILINE)
+    assert float(said[1]) == round(result.metrics[metric]["value"], len(said[2]))
 
 
 @pytest.mark.parametrize("name", COMMITTED)
