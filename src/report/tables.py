@@ -25,7 +25,7 @@ def markdown(grouped: Sequence[tuple[dict[str, Any], list[Row]]]) -> str:
 def _section(conditions: dict[str, Any], rows: list[Row]) -> str:
     main = rows[0].main_metric
     heads = [main, f"{main}/gain_over_wrong_condition", f"{main}/gain_over_no_condition"]
-    titles = [main, "gain over a wrong condition", "gain over none"]
+    titles = [main, "minus that of a wrong condition", "minus that of none"]
     shared = set.intersection(*(set(row.result.metrics) for row in rows))
     others = [name for name in rows[0].result.metrics if "/" not in name and name in shared and name != main]
     columns = ["adapter", "seed", "trained, M", *titles, *others, "train s"]
