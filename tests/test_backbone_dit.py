@@ -28,9 +28,10 @@ def pixart_1024(pixart_tiny, random_backbone):
     """The 1024-pixel model in small: it embeds size and aspect ratio."""
     configs = {part: pixart_tiny.model.config(part) for part in ("transformer", "vae", "text_encoder", "scheduler")}
     configs["transformer"] |= {"use_additional_conditions": True, "sample_size": 128, "num_layers": 3}
-    configs["transformer"] |= {"attention_head_dim": 24, "cross_attention_dim": 96}  # a third of the width per number
+    # a third of the width per number
+    configs["transformer"] |= {"num_attention_heads": 4, "attention_head_dim": 24, "cross_attention_dim": 96}
     configs["tokenizer"] = {}
-    return lambda dtype: random_backbone(PixArt, "PixArtAlphaPipeline", configs, dtype, text_tokens=24)
+    return lambda dtype: random_backbone(PixArt, "PixArtAlphaPipeline", configs, dtype, text_tokens=24, native_law="uniform")
 
 
 def reference(net, x, steps, text):
@@ -96,7 +97,7 @@ def test_attention_projects_what_the_block_does(pixart_tiny):
 
 def test_facts_and_objective(pixart_tiny):
     facts, objective = pixart_tiny.facts, pixart_tiny.objective
-    assert (facts.depth, facts.width, facts.latent_channels, facts.factor, facts.multiple) == (8, 128, 16, 8, 16)
+    assert (facts.depth, facts.width, facts.latent_channels, facts.factor, facts.multiple) == (8, 160, 16, 8, 16)
     assert (facts.text_tokens, facts.text_mask, facts.pooled_width) == (24, True, None)
     assert isinstance(objective, EpsilonPrediction)
     linear = (1 - torch.linspace(0.0001, 0.02, 1000, dtype=torch.float64)).cumprod(0)

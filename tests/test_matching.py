@@ -26,7 +26,7 @@ def found(adapter, backbone, target):
     [
         ("unicon", "sd3_tiny", "dit_controlnet", 1.781),  # by depth
         ("dit_controlnet", "sd3_tiny", "3", 3.0),  # by depth and width
-        ("t2i_adapter", "pixart_tiny", "unicon_half", 1.249),  # by width
+        ("t2i_adapter", "pixart_tiny", "unicon_half", 1.939),  # by width
         ("t2i_adapter", "sd21_tiny", "controlnet", 2.120),
         ("controlnet", "sd21_tiny", "unicon_half", 2.953),
         ("dit_controlnet", "sd3_tiny", "unicon_half", 1.732),  # fits as it is

@@ -272,7 +272,7 @@ def test_help_lists_the_verbs(called, capsys):
     [
         (["chek", "data=folder"], "chek is no verb of src.prepare; did you mean check?"),
         (["caches"], "did you mean cache?"),
-        (["zzz"], "known: cache, check, shards, speed"),
+        (["zzz"], "known: cache, check, probe, shards, speed"),
         (["data=folder", "check"], "the verb comes first: python -m src.prepare check"),
     ],
 )

@@ -181,7 +181,7 @@ def test_the_flow_law_draws_and_weighs_as_a_flow_does(kind):
     assert inside.float().mean() > 0.99
     assert torch.allclose(ratio[inside] / (1 + ratio[inside]), time[inside], atol=0.01)
     # one wrong prediction, as an error of the flow's velocity noise - x0
-    x0, noise, wrong = torch.randn(3, 999, 4, 2, 2, dtype=torch.float64)
+    x0, noise, wrong = torch.randn(3, 999, 4, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     x_t, target = made.corrupt(x0, noise, t)
     said = made.to_x0(x_t, target + 1e-3 * wrong, t)
     a, s = made.scales(t, x0)
@@ -189,8 +189,8 @@ def test_the_flow_law_draws_and_weighs_as_a_flow_does(kind):
     found = made.loss(target + 1e-3 * wrong, target, t).double()
     expected = velocity_error.square().flatten(1).mean(1)
     free = made.weight(t) < 25
-    assert torch.allclose(found[free], expected[free], rtol=1e-4)
-    assert (found <= expected * (1 + 1e-4)).all()
+    assert torch.allclose(found[free], expected[free], rtol=2e-3)  # the loss is in float32
+    assert (found <= expected * (1 + 2e-3)).all()
 
 
 def test_the_flow_law_has_its_own_weights():
