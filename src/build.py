@@ -23,7 +23,7 @@ from src.construct import construct, partial
 from src.control_score import HeldOut
 from src.data.datamodule import ControlData, ImageStream, Stores
 from src.data.source import Source
-from src.data.stores import build_all_stores
+from src.data.stores import build_stores
 from src.data.tolerant import tolerant
 from src.profiling.memory import blank_batch
 from src.sampling import solver_for
@@ -141,7 +141,7 @@ def cached(cfg: DictConfig, made: Plan, codec: Codec) -> list[Stores]:
     folder, workers, space = Path(cfg.cache_dir), cfg.hardware.workers, cfg.adapter.condition_space
     made.train_source, made.val_source = (tolerant(s, folder, workers, _say) for s in (made.train_source, made.val_source))
     sources, device = [made.train_source, made.val_source], device_of(cfg)
-    return build_all_stores(sources, made.task, made.backbone, codec, space, folder, device, cfg.seed, workers, _say)
+    return build_stores(sources, made.task, made.backbone, codec, space, folder, device, cfg.seed, workers, _say)
 
 
 def new_adapter(cfg: DictConfig, backbone: Backbone, training: bool = True) -> ControlAdapter:

@@ -32,7 +32,7 @@ def codec(sd3_tiny):
 def stores(backbone, codec, folder, source=None, said=None, space="latent", **canny):
     task = Canny(**{**CANNY, **canny})
     say = (said if said is not None else []).append
-    return build_stores(source or scenes(), task, backbone, codec, space, folder, CPU, 0, 0, say)
+    return build_stores([source or scenes()], task, backbone, codec, space, folder, CPU, 0, 0, say)[0]
 
 
 # ---- cache ------------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from src.data import cache, stores
 from src.data.cache import TensorStore, shard_rows
 from src.data.locks import RowLocks
 from src.data.scenes import SceneSource
-from src.data.stores import build_all_stores, build_stores, plan_stores
+from src.data.stores import build_stores, plan_stores
 from src.tasks.canny import Canny
 from src.types import Sample, UserError
 from tests.conftest import CPU, QUICK, ROOT, run_entry
@@ -65,7 +65,7 @@ def fill(sd3_tiny, codec):
 
     def run(source, folder, space="latent", said=None) -> None:
         say = (said if said is not None else []).append
-        build_stores(source, Canny("canny", 50, 120, 0.8), sd3_tiny, codec, space, folder, CPU, 0, 0, say)
+        build_stores([source], Canny("canny", 50, 120, 0.8), sd3_tiny, codec, space, folder, CPU, 0, 0, say)
 
     return run
 
@@ -106,7 +106,7 @@ def whole(_loaded, tmp_path_factory):
         patch.setattr(cache, "SHARD", 8)
         patch.setattr(cache, "BLOCK", 16)
         source, task = Recorded(folder / "log"), Canny("canny", 50, 120, 0.8)
-        build_stores(source, task, backbone, backbone.load_codec(CPU), "latent", folder / "c", CPU, 0, 0, lambda _: None)
+        build_stores([source], task, backbone, backbone.load_codec(CPU), "latent", folder / "c", CPU, 0, 0, lambda _: None)
     backbone.drop_text()
     assert drawn(folder / "log") == list(range(COUNT))
     return content(folder / "c")
@@ -182,7 +182,7 @@ def test_pictures_of_several_sizes_are_kept_apart_and_read_as_one(sd3_tiny, code
             return Sample(sample.id, sample.image[:height, :width], sample.caption)
 
     source, task = Buckets("scenes", 0, 5, 8, "train", 64), Canny("canny", 50, 120, 0.8)
-    made = build_stores(source, task, sd3_tiny, codec, "pixel", tmp_path, CPU, 0, 0, lambda _: None)
+    (made,) = build_stores([source], task, sd3_tiny, codec, "pixel", tmp_path, CPU, 0, 0, lambda _: None)
     assert sorted(map(list, made.buckets)) == [[0, 2], [1, 4], [3]]
     for rows in made.buckets:
         order = [int(r) for r in rows[::-1]]
@@ -333,7 +333,7 @@ def test_the_seed_counts_only_where_conditions_vary(sd3_tiny, codec, tmp_path):
 
     source, task = SceneSource("scenes", 0, 6, 8, "train", 64), Noisy("canny", 50, 120, 0.8)
     made = [
-        build_all_stores([source], task, sd3_tiny, codec, "pixel", tmp_path, CPU, seed, 0, lambda _: None)[0] for seed in (0, 1)
+        build_stores([source], task, sd3_tiny, codec, "pixel", tmp_path, CPU, seed, 0, lambda _: None)[0] for seed in (0, 1)
     ]
     assert made[0].latents.folder == made[1].latents.folder
     assert made[0].conditions.folder != made[1].conditions.folder

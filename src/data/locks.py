@@ -72,6 +72,8 @@ class WholeFile:
         return self.part
 
     def __exit__(self, kind: type | None, *_: object) -> None:
-        if kind is None:
-            os.replace(self.part, self.target)
-        self.part.unlink(missing_ok=True)
+        try:
+            if kind is None:
+                os.replace(self.part, self.target)
+        finally:
+            self.part.unlink(missing_ok=True)

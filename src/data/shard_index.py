@@ -8,7 +8,6 @@ read: no member may leave its folder, be a link, or claim more bytes than there 
 import glob
 import hashlib
 import json
-import os
 import re
 import tarfile
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
+from src.data.locks import WholeFile
 from src.data.picture import SUFFIXES, header
 from src.data.records import first_twins
 from src.data.signals import npy_size
@@ -199,12 +199,10 @@ def _stored(place: Path, stamp: list[int]) -> dict | None:
 
 
 def _write(place: Path, text: str) -> bool:
-    part = place.with_name(f".{place.name}.{os.getpid()}")
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(text)
-        os.replace(part, place)
+        with WholeFile(place) as part:
+            part.write_text(text)
         return True
     except OSError:
-        part.unlink(missing_ok=True)
         return False

@@ -81,22 +81,6 @@ class Shelf:
 
 
 def build_stores(
-    source: Source,
-    task: Task,
-    backbone: Backbone,
-    codec: Codec,
-    space: ConditionSpace,
-    cache_dir: Path,
-    device: torch.device,
-    seed: int,
-    workers: int,
-    say: Callable[[str], None],
-) -> Stores:
-    """Fill what is missing of the stores of a source, and open them. See `build_all_stores`."""
-    return build_all_stores([source], task, backbone, codec, space, cache_dir, device, seed, workers, say)[0]
-
-
-def build_all_stores(
     sources: Sequence[Source],
     task: Task,
     backbone: Backbone,
@@ -145,13 +129,13 @@ def plan_stores(
             made.describe(**content)
         return made
 
-    drawn = {"seed": seed} if task.varies else {}
+    content, drawn = source.fingerprint(), {"seed": seed} if task.varies else {}
     seen = {"task": task.settings(), "space": space, "codec": codec_hash if space == "latent" else None, **drawn}
     rooms = []
     for size in sorted(set(sizes)):
         rows = np.array([i for i, s in enumerate(sizes) if s == size])
         latent_bytes, condition_bytes = picture_bytes(facts, size, space)
-        pictures = {"source": source.fingerprint()} | ({} if size == square else {"size": size})
+        pictures = {"source": content} | ({} if size == square else {"size": size})
         latents = store("latents", len(rows), latent_bytes, **pictures, codec=codec_hash, dtype="float32")
         rooms.append(Room(size, rows, latents, store("conditions", len(rows), condition_bytes, **pictures, **seen)))
     read_as = {"text": backbone.text_key(), "tokens": facts.text_tokens, "dtype": "float16"}
@@ -194,16 +178,16 @@ class _Filling:
     """The rows of one store as they come, written whenever a shard is whole."""
 
     def __init__(self, store: TensorStore, block: range):
-        self.store, self.todo, self.parts = store, store.missing(block), []
+        self.store, self.missing, self.parts = store, store.missing(block), []
 
     def wants(self, rows: range) -> bool:
         """Whether the rows, which lie in one shard, are still to be computed."""
-        return any(rows.start in shard for shard in self.todo)
+        return any(rows.start in shard for shard in self.missing)
 
     def add(self, rows: range, tensors: dict[str, Tensor]) -> None:
         self.parts.append(tensors)
-        if any(rows.stop == shard.stop for shard in self.todo):
-            shard = next(shard for shard in self.todo if rows.stop == shard.stop)
+        shard = next((shard for shard in self.missing if rows.stop == shard.stop), None)
+        if shard is not None:
             self.store.write(shard, {name: torch.cat([part[name] for part in self.parts]) for name in tensors})
             self.parts.clear()
 

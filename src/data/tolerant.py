@@ -6,13 +6,13 @@ before the first is used. What was found is kept by the source's fingerprint, an
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
+from src.data.locks import WholeFile
 from src.data.source import BadSample, Probe, Source
 from src.types import Sample, UserError
 
@@ -113,6 +113,5 @@ class _Reasons(Dataset):
 
 def _write(file: Path, found: list[dict[str, Any]]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f".{file.name}.{os.getpid()}")
-    part.write_text("".join(json.dumps(f, ensure_ascii=False) + "\n" for f in found), encoding="utf-8")
-    os.replace(part, file)
+    with WholeFile(file) as part:
+        part.write_text("".join(json.dumps(f, ensure_ascii=False) + "\n" for f in found), encoding="utf-8")

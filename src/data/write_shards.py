@@ -129,14 +129,14 @@ def plan_shards(sources: Sequence[Source], out: Path, shard_mib: float, picture:
         each = float(np.mean([sum(512 + -(-len(d) // 512) * 512 for _, d in members(whole.sample(r), picture)) for r in drawn]))
         plan = ShardPlan(out, whole.sources, picture, max(1, round((shard_mib * 2**20 - TAR_RECORD / 2) / each)))
     left = plan.missing()
-    todo = int(each * sum(len(plan.rows_of(shard)) for shard in left))
+    left_bytes = int(each * sum(len(plan.rows_of(shard)) for shard in left))
     if left:
         at = f"{plan.rows} samples, about {mib(int(each * plan.rows))} in {plan.count} shards of {plan.rows_per_shard} in {out}"
         say(at if len(left) == plan.count else f"{at}, {len(left)} of them to do")
     there = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
-    if todo > (free := shutil.disk_usage(there).free):
+    if left_bytes > (free := shutil.disk_usage(there).free):
         raise UserError(
-            f"out={out}: about {mib(todo)} are to be written and the disk has {mib(free)} free; name another folder"
+            f"out={out}: about {mib(left_bytes)} are to be written and the disk has {mib(free)} free; name another folder"
         )
     out.mkdir(parents=True, exist_ok=True)
     with WholeFile(file) as part:
@@ -189,16 +189,16 @@ def write_missing(plan: ShardPlan, say: Callable[[str], None]) -> None:
     """Write shards until none is missing, together with any other process that does so."""
     locks, said = RowLocks(plan.out), time.monotonic()
     try:
-        while todo := plan.missing():
+        while left := plan.missing():
             idle = True
-            for shard in todo:
+            for shard in left:
                 if _write_claimed(plan, shard, locks):
                     idle = False
                     if time.monotonic() - said > SAY_EVERY_S:
                         said = time.monotonic()
                         say(f"  {len(plan.missing())} of {plan.count} shards to do")
             if idle:
-                locks.wait(range(todo[0], todo[0] + 1))  # another process is writing it
+                locks.wait(range(left[0], left[0] + 1))  # another process is writing it
     finally:
         locks.close()
 
@@ -253,20 +253,20 @@ def _run_ray(plan: ShardPlan, workers: int, say: Callable[[str], None]) -> None:
         ray.init(log_to_driver=False, logging_level="ERROR", **own)
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
-    todo, shared = plan.missing(), ray.put(plan)
-    jobs = ray.data.range(len(todo), override_num_blocks=len(todo))
+    left, shared = plan.missing(), ray.put(plan)
+    jobs = ray.data.range(len(left), override_num_blocks=len(left))
     at_once = ray.data.TaskPoolStrategy(workers or None)
-    jobs.map_batches(functools.partial(_ray_task, shared, todo), batch_size=1, compute=at_once).materialize()
+    jobs.map_batches(functools.partial(_ray_task, shared, left), batch_size=1, compute=at_once).materialize()
     write_missing(plan, say)  # nothing is left, unless another process was killed while it held a shard
 
 
-def _ray_task(shared: Any, todo: list[int], batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _ray_task(shared: Any, left: list[int], batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     import ray
 
     plan = ray.get(shared)
     locks = RowLocks(plan.out)
     try:
-        return {"written": np.array([_write_claimed(plan, todo[int(i)], locks) for i in batch["id"]])}
+        return {"written": np.array([_write_claimed(plan, left[int(i)], locks) for i in batch["id"]])}
     finally:
         locks.close()
 

@@ -17,11 +17,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 
 from src.backbones.source import EMBEDDED_ROOT
 from src.config import load
 from src.data.scenes import JOINTS, PEOPLE_VERSION, SCENES_VERSION, render, sample_people, sample_scene
+from src.embedded.training import train_detector
 from src.results import write_atomic
 from src.tasks.nearness import depth_picture
 from src.tasks.pose import FEWEST_JOINTS, OKS_THRESHOLDS, PCK_ALPHA, oks, pck
@@ -131,29 +132,19 @@ def loss_of(probe: SceneProbe, x: Tensor, nearness: Tensor, joints: Tensor, pers
 
 def fit(lessons: Lessons, steps: int, seed: int, log: Callable[[dict], None]) -> SceneProbe:
     """Train for `steps` batches, each a pure function of (seed, step). log receives one row per 100 steps and at the end."""
-    torch.manual_seed(seed)
-    probe = SceneProbe().to(memory_format=torch.channels_last)
-    opt = torch.optim.AdamW(probe.parameters(), PEAK_LR, weight_decay=0.02)
-    plan = torch.optim.lr_scheduler.OneCycleLR(opt, PEAK_LR, total_steps=steps, pct_start=min(0.3, WARMUP / steps))
-    began, losses = time.process_time(), []
-    for step in range(steps):
+
+    def loss_at(step: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         row = torch.randint(len(lessons.images), (BATCH,), generator=generator).numpy()
         pictures = np.concatenate([lessons.images[row[: BATCH // 2]], lessons.trips[row[BATCH // 2 :]]])
         x = augment(torch.from_numpy(pictures).movedim(-1, 1).float() / 255, generator)
         near, person = torch.from_numpy(lessons.nearness[row]).float() / 255, torch.from_numpy(lessons.person[row]).float()
         x = x.contiguous(memory_format=torch.channels_last)
-        loss = loss_of(probe, x, near, torch.from_numpy(lessons.joints[row]), person)
-        opt.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(probe.parameters(), 5.0)
-        opt.step()
-        plan.step()
-        losses.append(float(loss.detach()))
-        if (step + 1) % 100 == 0 or step + 1 == steps:
-            spent, mean = round(time.process_time() - began, 1), round(float(np.mean(losses[-100:])), 4)
-            log({"step": step + 1, "images_seen": (step + 1) * BATCH, "cpu_s": spent, "train_loss": mean})
-    return probe.to(memory_format=torch.contiguous_format).eval()
+        return loss_of(probe, x, near, torch.from_numpy(lessons.joints[row]), person)
+
+    torch.manual_seed(seed)
+    probe = SceneProbe()
+    return train_detector(probe, loss_at, steps, BATCH, PEAK_LR, WARMUP, time.process_time(), log)
 
 
 def judge(probe: SceneProbe, pictures: np.ndarray, truth: Lessons, min_confidence: float) -> dict[str, float | None]:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import gaussian_blur
 
 from src.data.scenes import COLOURS, FLOORS, SHAPES, Scene, render, sample_scene
+from src.embedded.training import train_detector
 from src.results import write_atomic
 from src.types import UserError
 
@@ -204,28 +205,19 @@ def train_reader(images: np.ndarray, world: int, steps: int, seed: int, log: Cal
 
     log receives {"step", "images_seen", "cpu_s", "train_loss"} every 100 steps and at the end.
     """
-    began, losses = time.process_time(), []
+    began = time.process_time()
     lessons = _Lessons(images, world, steps, seed)
     torch.manual_seed(seed)
-    reader = SceneReader().to(memory_format=torch.channels_last)
-    opt = torch.optim.AdamW(reader.parameters(), PEAK_LR, weight_decay=0.02)
-    plan = torch.optim.lr_scheduler.OneCycleLR(opt, PEAK_LR, total_steps=steps, pct_start=min(0.3, WARMUP / steps))
-    for step in range(steps):
+    reader = SceneReader()
+
+    def loss_at(step: int) -> Tensor:
         x, kinds, floors = lessons[step]
         kind_logits, floor_logits, _ = reader(x)
         # summed over colours: each picture asks eight questions about kinds and one about the floor
         loss = F.cross_entropy(kind_logits.flatten(0, 1), kinds.flatten()) * len(COLOURS)
-        loss = loss + F.cross_entropy(floor_logits, floors)
-        opt.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(reader.parameters(), 5.0)
-        opt.step()
-        plan.step()
-        losses.append(float(loss.detach()))
-        if (step + 1) % 100 == 0 or step + 1 == steps:
-            spent, mean = round(time.process_time() - began, 1), round(float(np.mean(losses[-100:])), 4)
-            log({"step": step + 1, "images_seen": (step + 1) * BATCH, "cpu_s": spent, "train_loss": mean})
-    return reader.to(memory_format=torch.contiguous_format).eval()
+        return loss + F.cross_entropy(floor_logits, floors)
+
+    return train_detector(reader, loss_at, steps, BATCH, PEAK_LR, WARMUP, began, log)
 
 
 def rejection(reader: SceneReader, pictures: np.ndarray, world: int) -> dict[str, float]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -135,3 +136,37 @@ def validation_loss(model: TinyModel, held_out: tuple[Tensor, list[str]]) -> flo
     ids = model.tokens(captions)
     out = torch.cat([model(*p) for p in zip(x_t.split(64), t.split(64), ids.split(64), strict=True)])
     return float(objective.loss(out, target, t).mean())
+
+
+def train_detector(
+    net: nn.Module,
+    loss_at: Callable[[int], Tensor],
+    steps: int,
+    batch: int,
+    peak_lr: float,
+    warmup: int,
+    began: float,
+    log: Callable[[dict], None],
+) -> nn.Module:
+    """Train a small convolutional network by one cycle of the rate -> the same, in evaluation mode.
+
+    loss_at(step): of a batch that is a pure function of the step, its pictures in channels_last; warmup: steps to the peak;
+    began: process time at which the work began. log receives {"step", "images_seen", "cpu_s", "train_loss"} every 100
+    steps and at the end; train_loss is the mean over them.
+    """
+    net = net.to(memory_format=torch.channels_last)
+    opt = torch.optim.AdamW(net.parameters(), peak_lr, weight_decay=0.02)
+    plan = torch.optim.lr_scheduler.OneCycleLR(opt, peak_lr, total_steps=steps, pct_start=min(0.3, warmup / steps))
+    losses: list[float] = []
+    for step in range(steps):
+        loss = loss_at(step)
+        opt.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 5.0)
+        opt.step()
+        plan.step()
+        losses.append(float(loss.detach()))
+        if (step + 1) % 100 == 0 or step + 1 == steps:
+            spent, mean = round(time.process_time() - began, 1), round(float(np.mean(losses[-100:])), 4)
+            log({"step": step + 1, "images_seen": (step + 1) * batch, "cpu_s": spent, "train_loss": mean})
+    return net.to(memory_format=torch.contiguous_format).eval()
