@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from src.hub import hub_fault
 from src.types import UserError
 
 SHAPES = Path(__file__).with_name("shapes.json")  # configurations of public models, as their config.json files have them
@@ -152,29 +153,17 @@ class _hub_errors:
         return None
 
     def __exit__(self, kind, error, _trace) -> bool:
-        if error is None or isinstance(error, UserError):
+        fault = None if error is None or isinstance(error, UserError) else hub_fault(error)
+        if fault is None:
             return False
-        from huggingface_hub import errors
-
         source = self.model.source
-        if isinstance(error, errors.GatedRepoError):
-            page = self.model.licence_url or f"the page of {source} on the hub"
-            raise SourceError(
-                f"{source} is gated: accept its licence at {page}, then run `hf auth login` or set HF_TOKEN"
-            ) from error
-        if isinstance(error, errors.RevisionNotFoundError):
-            raise SourceError(
-                f"{source} has no revision {self.model.revision!r}; leave backbone.revision out for main"
-            ) from error
-        if isinstance(error, errors.RepositoryNotFoundError):
-            raise SourceError(
-                f"{source} is not on the hub, or is private: check the spelling, then `hf auth login` or HF_TOKEN"
-            ) from error
-        if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
-            raise SourceError(f"{source} is not in the diffusers layout: {str(error).splitlines()[0]}") from error
-        if isinstance(error, (OSError, ValueError, errors.HfHubHTTPError)) or kind.__module__.startswith(("httpx", "httpcore")):
-            raise SourceError(
-                f"{source} is not cached here and the hub cannot be reached ({kind.__name__}): download it on a machine with a "
-                f"network (`hf download {source}`) and pass backbone.source=<that folder>, or use backbone=sd3_tiny"
-            ) from error
-        return False
+        page = self.model.licence_url or f"the page of {source} on the hub"
+        said = {
+            "gated": f"is gated: accept its licence at {page}, then run `hf auth login` or set HF_TOKEN",
+            "revision": f"has no revision {self.model.revision!r}; leave backbone.revision out for main",
+            "missing": "is not on the hub, or is private: check the spelling, then `hf auth login` or HF_TOKEN",
+            "layout": f"is not in the diffusers layout: {(str(error).splitlines() or [''])[0]}",
+            "unreachable": f"is not cached here and the hub cannot be reached ({kind.__name__}): download it on a machine with "
+            f"a network (`hf download {source}`) and pass backbone.source=<that folder>, or use backbone=sd3_tiny",
+        }
+        raise SourceError(f"{source} {said[fault]}") from error

@@ -43,7 +43,7 @@ FAMILIES = {
     ),
     "pixart_tiny": Family(
         TinyPixArt,
-        Recipe(steps=18_000, lr=1.2e-3),
+        Recipe(steps=34_000, restarts=(18_000,), lr=1.2e-3),
         PixArtAlphaPipeline,
         call={  # the pipeline knows aspect ratios of 256 to 2048 pixels only; cleaning captions wants packages of its own
             "use_resolution_binning": False,

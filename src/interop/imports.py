@@ -19,6 +19,7 @@ from src.adapters.controlnet import ControlNet
 from src.adapters.dit_controlnet import DiTControlNet
 from src.adapters.t2i_adapter import T2IAdapter
 from src.backbones.base import Backbone
+from src.hub import hub_fault
 from src.interop.stock import stock_form
 from src.types import UserError
 
@@ -134,13 +135,14 @@ def _local(source: str | Path, revision: str | None) -> Path:
         return path
     if str(source).startswith((".", "/", "~")) or str(source).count("/") != 1:
         raise DoesNotFit(f"{source} is not a folder and not a hub id of the form owner/name")
-    from httpx import HTTPError
-    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub import snapshot_download
 
     try:
         wanted = ["config.json", "*.safetensors", "*.safetensors.index.json"]
         return Path(snapshot_download(str(source), revision=revision, allow_patterns=wanted, ignore_patterns=["*.fp16.*"]))
-    except (OSError, ValueError, HTTPError, errors.HfHubHTTPError) as error:
+    except Exception as error:
+        if hub_fault(error) is None:
+            raise
         raise DoesNotFit(
             f"{source} is not cached here and cannot be had from the hub ({type(error).__name__}): check the spelling and "
             f"`hf auth login`, or download it elsewhere (`hf download {source}`) and name the folder"

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from src.hub import hub_fault
 from src.tasks import scene_probe
 from src.tasks.nearness import relative_nearness
 from src.tasks.skeleton import LAYOUTS
@@ -118,31 +119,23 @@ class HubModel:
 
     def _fetched(self, fetch: Callable[[], str]) -> Path:
         """What the hub's own function gives; its exceptions become one line with the remedy."""
-        from huggingface_hub import errors
-
         try:
             return Path(fetch())
         except Exception as error:
-            of_the_wire = type(error).__module__.startswith(("httpx", "httpcore"))
-            if not of_the_wire and not isinstance(error, (OSError, ValueError, errors.HfHubHTTPError)):
+            fault = hub_fault(error)
+            if fault is None:
                 raise
-            raise UserError(self._remedy(error)) from error
-
-    def _remedy(self, error: Exception) -> str:
-        from huggingface_hub import errors
-
-        if isinstance(error, errors.GatedRepoError):
-            return f"{self.key} is gated: accept its licence on its page, then run `hf auth login` or set HF_TOKEN"
-        if isinstance(error, errors.RevisionNotFoundError):
-            return f"{self.key}: the hub has no such revision; leave out what follows the @"
-        if isinstance(error, errors.RepositoryNotFoundError):
-            return f"{self.key} is not on the hub, or is private: check the spelling, then `hf auth login` or HF_TOKEN"
-        if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
-            return f"{self.key} is no model of transformers: it has no {' and no '.join(FILES)}"
-        return (
-            f"{self.key} is not cached here and the hub cannot be reached ({type(error).__name__}): download it on a machine "
-            f"with a network (`hf download {self.hub_id}`) and name that folder; data=scenes works with task.detector={PROBE}"
-        )
+            said = {
+                "gated": "is gated: accept its licence on its page, then run `hf auth login` or set HF_TOKEN",
+                "missing": "is not on the hub, or is private: check the spelling, then `hf auth login` or HF_TOKEN",
+                "layout": f"is no model of transformers: it has no {' and no '.join(FILES)}",
+                "unreachable": f"is not cached here and the hub cannot be reached ({type(error).__name__}): download it on a "
+                f"machine with a network (`hf download {self.hub_id}`) and name that folder; data=scenes works with "
+                f"task.detector={PROBE}",
+            }
+            if fault == "revision":
+                raise UserError(f"{self.key}: the hub has no such revision; leave out what follows the @") from error
+            raise UserError(f"{self.key} {said[fault]}") from error
 
     def weights(self) -> Path:
         """A folder with the weights; downloads them from the hub where they are not cached."""
