@@ -162,7 +162,7 @@ def new_adapter(cfg: DictConfig, backbone: Backbone, training: bool = True) -> C
 
     def made(on: Backbone) -> ControlAdapter:
         torch.manual_seed(cfg.seed)
-        return make(on, on.objective.with_time_law(cfg.time_law), recipe, checkpointing=bool(cfg.hardware.checkpointing))
+        return make(on, on.objective.with_time_law(cfg.time_law), recipe, checkpointing=cfg.hardware.checkpointing or "none")
 
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         is_hollow = backbone.net is not None and next(backbone.net.parameters()).is_meta

@@ -137,7 +137,7 @@ def check_memory(cfg: DictConfig, made: build.Plan) -> None:
     if hardware.memory_gib and estimate.peak_gib > hardware.memory_gib:
         raise UserError(
             f"training should take {estimate.peak_gib:.1f} GiB and hardware={hardware.name} has {hardware.memory_gib:g}: try "
-            f"hardware.micro_batch={max(1, hardware.micro_batch // 2)}, hardware.checkpointing=true or adapter=unicon_half"
+            f"hardware.micro_batch={max(1, hardware.micro_batch // 2)}, hardware.checkpointing=both or adapter=unicon_half"
         )
 
 

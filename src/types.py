@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 ConditionSpace = Literal["latent", "pixel"]
+Checkpointing = Literal["none", "adapter", "both"]  # whose blocks are recomputed in the backward pass
 Features = Tensor | tuple[Tensor, ...]  # what an adapter computes from a condition: one tensor, or one per scale
 
 

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from src.backbones.base import Backbone
 from src.objectives import Objective
-from src.types import BackboneFacts, Batch, ConditionSpace, Features, TextCond, UserError
+from src.types import BackboneFacts, Batch, Checkpointing, ConditionSpace, Features, TextCond, UserError
 
 FAMILY_NAMES = {"mmdit": "SD3 transformer (mmdit)", "dit": "PixArt transformer (dit)", "unet": "U-Net (unet)"}
 
@@ -52,8 +52,8 @@ class ControlAdapter(pl.LightningModule):
 
     backbone: loaded and frozen; it is not a submodule, so that neither checkpoint nor optimizer can hold a tensor of it.
     objective: what the backbone predicts. optimizer: None for an adapter that is only sampled from.
-    condition_space: in which space `encode_condition` wants the condition. checkpointing: recompute blocks in the backward
-    pass. options: the method's own choices, for `refusal`.
+    condition_space: in which space `encode_condition` wants the condition. checkpointing: which blocks are recomputed in the
+    backward pass instead of stored, see `recompute`. options: the method's own choices, for `refusal`.
 
     Class attributes declare what the contract tests then hold the method to:
     families: backbone families it knows; grad_through_backbone: whether its backward pass enters the frozen network;
@@ -72,7 +72,7 @@ class ControlAdapter(pl.LightningModule):
         optimizer: OptimizerRecipe | None,
         name: str,
         condition_space: ConditionSpace,
-        checkpointing: bool = False,
+        checkpointing: Checkpointing = "none",
         **options: Any,
     ):
         super().__init__()
@@ -133,12 +133,13 @@ class ControlAdapter(pl.LightningModule):
         """Millions of trainable parameters per part."""
         return {k: sum(p.numel() for p in m.parameters() if p.requires_grad) / 1e6 for k, m in self.parts().items()}
 
-    def recompute(self, fn: Callable, *args: Any) -> Any:
+    def recompute(self, fn: Callable, *args: Any, frozen: bool = False) -> Any:
         """fn(*args); with checkpointing its activations are not stored but computed again in the backward pass.
 
         Trained and frozen blocks alike go through here: a method whose gradient crosses the backbone must store that too.
+        frozen: the block is the backbone's own, which checkpointing="adapter" leaves alone, as public training scripts do.
         """
-        if self.checkpointing and torch.is_grad_enabled():
+        if self.checkpointing in (("both",) if frozen else ("adapter", "both")) and torch.is_grad_enabled():
             return checkpoint(fn, *args, use_reentrant=False, preserve_rng_state=False)  # no block here draws numbers
         return fn(*args)
 

@@ -14,7 +14,7 @@ from src.adapters.base import ControlAdapter, OptimizerRecipe
 from src.adapters.parts import zero_layer
 from src.backbones.base import Backbone
 from src.objectives import Objective
-from src.types import BackboneFacts, ConditionSpace, TextCond
+from src.types import BackboneFacts, Checkpointing, ConditionSpace, TextCond
 
 
 class ControlNet(ControlAdapter):
@@ -38,7 +38,7 @@ class ControlNet(ControlAdapter):
         hint_channels: tuple[int, ...] = (16, 32, 96, 256),
         connector_width: int | None = None,
         condition_space: ConditionSpace = "pixel",
-        checkpointing: bool = False,
+        checkpointing: Checkpointing = "none",
     ):
         from diffusers.models.controlnets.controlnet import ControlNetConditioningEmbedding
 
@@ -97,5 +97,5 @@ class ControlNet(ControlAdapter):
         skips = tuple(s + scale * r for s, r in zip(state.skips, to_skips, strict=True))
         state = state.with_(x=state.x + scale * to_middle, skips=skips)
         for k in range(len(self.copies), backbone.facts.depth):
-            state = self.recompute(backbone.run, k, state)
+            state = self.recompute(backbone.run, k, state, frozen=True)
         return backbone.end(state)

@@ -19,7 +19,7 @@ from src.adapters.base import ControlAdapter, OptimizerRecipe
 from src.adapters.parts import zero_layer
 from src.backbones.base import Backbone
 from src.objectives import Objective
-from src.types import BackboneFacts, ConditionSpace, StreamState, TextCond
+from src.types import BackboneFacts, Checkpointing, ConditionSpace, StreamState, TextCond
 
 Rule = Literal["proportional", "ceil", "repeat", "one_to_one"]
 # behind frozen block i of K goes the residual of copy f(i, K, N); an index of N or more means none
@@ -54,7 +54,7 @@ class DiTControlNet(ControlAdapter):
         index_rule: Rule | None = None,
         connector_width: int | None = None,
         condition_space: ConditionSpace = "latent",
-        checkpointing: bool = False,
+        checkpointing: Checkpointing = "none",
     ):
         chosen = {"blocks": blocks}
         super().__init__(backbone, objective, optimizer, name, condition_space, checkpointing, **chosen)
@@ -125,5 +125,5 @@ class DiTControlNet(ControlAdapter):
             index = self.rule(k, depth, self.count)
             if index < self.count:
                 state = state.with_(x=state.x + scale * residuals[index])
-            state = self.recompute(backbone.run, k + 1, state)
+            state = self.recompute(backbone.run, k + 1, state, frozen=True)
         return backbone.end(state)

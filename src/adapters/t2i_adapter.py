@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from src.adapters.base import ControlAdapter, OptimizerRecipe
 from src.backbones.base import Backbone
 from src.objectives import Objective
-from src.types import BackboneFacts, ConditionSpace, StreamState, TextCond
+from src.types import BackboneFacts, Checkpointing, ConditionSpace, StreamState, TextCond
 
 RESIDUAL_UNITS = {"full": 2, "light": 4}  # per stage, as published
 
@@ -42,7 +42,7 @@ class T2IAdapter(ControlAdapter):
         channels: tuple[int, ...] | None = None,
         levels: int = 3,
         condition_space: ConditionSpace = "pixel",
-        checkpointing: bool = False,
+        checkpointing: Checkpointing = "none",
     ):
         chosen = {"size": size, "channels": channels, "levels": levels}
         super().__init__(backbone, objective, optimizer, name, condition_space, checkpointing, **chosen)
@@ -98,7 +98,7 @@ class T2IAdapter(ControlAdapter):
                 state = backbone.run(k, state)
         state = self._add(state, first, features, scale)
         for k in range(first + 1, backbone.facts.depth):
-            state = self._add(self.recompute(backbone.run, k, state), k, features, scale)
+            state = self._add(self.recompute(backbone.run, k, state, frozen=True), k, features, scale)
         return backbone.end(state)
 
     def _add(self, state: StreamState, step: int, features: tuple[Tensor, ...], scale: float) -> StreamState:

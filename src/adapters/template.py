@@ -14,7 +14,7 @@ from src.adapters.base import ControlAdapter, OptimizerRecipe
 from src.adapters.parts import ConditionStem, ZeroMLP
 from src.backbones.base import Backbone
 from src.objectives import Objective
-from src.types import ConditionSpace, TextCond
+from src.types import Checkpointing, ConditionSpace, TextCond
 
 
 class Template(ControlAdapter):
@@ -31,7 +31,7 @@ class Template(ControlAdapter):
         optimizer: OptimizerRecipe | None,
         name: str,
         condition_space: ConditionSpace = "latent",
-        checkpointing: bool = False,
+        checkpointing: Checkpointing = "none",
     ):
         # the first arguments and `checkpointing` are handed in by src/build.py; the others come from the yaml
         super().__init__(backbone, objective, optimizer, name, condition_space, checkpointing)
@@ -56,5 +56,7 @@ class Template(ControlAdapter):
         # a U-Net keeps its first features for the decoder: change them too
         state = state.with_(x=x, skips=(x,) if state.skips else ())
         for k in range(backbone.facts.depth):
-            state = self.recompute(backbone.run, k, state)  # with hardware.checkpointing: stored once, computed twice
+            state = self.recompute(
+                backbone.run, k, state, frozen=True
+            )  # with hardware.checkpointing: stored once, computed twice
         return backbone.end(state)

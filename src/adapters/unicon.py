@@ -10,6 +10,7 @@ copied passes on by the difference that it makes to the frozen stream; on a U-Ne
 the copied decoder of UniCon-Half reads the frozen skips, each joined with the condition at its size.
 """
 
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -19,7 +20,7 @@ from src.adapters.base import ControlAdapter, OptimizerRecipe
 from src.adapters.parts import CONNECTORS, ConditionStem, Copy, Pyramid, ZeroMLP, attend, copied_steps
 from src.backbones.base import Backbone
 from src.objectives import Objective
-from src.types import BackboneFacts, ConditionSpace, Features, StreamState, TextCond
+from src.types import BackboneFacts, Checkpointing, ConditionSpace, Features, StreamState, TextCond
 
 Flow = Literal["unidirectional", "bidirectional"]
 Connector = Literal["zero_ft", "zero_mlp", "share_attn"]
@@ -46,7 +47,7 @@ class UniCon(ControlAdapter):
     which frozen features flow. "frozen": the frozen feature, so that the copies speak only through zero-initialised
     layers, K + 1 of them in a row between condition and output; it learns far more slowly (experiments/README.md);
     condition_space: "latent" sends the condition through the autoencoder, as the paper does; "pixel" does not;
-    checkpointing: recompute blocks in the backward pass.
+    checkpointing: see `ControlAdapter.recompute`.
 
     Unidirectional, with copied blocks i = first..K-1, frozen features h_i before block i and condition features c:
     a = join(h_first, c), then a = copy_i(a), a = join(a, h_(i+1)) for each i; prediction = head(a).
@@ -70,7 +71,7 @@ class UniCon(ControlAdapter):
         blocks: int | None = None,
         connector_width: int | None = None,
         condition_space: ConditionSpace = "latent",
-        checkpointing: bool = False,
+        checkpointing: Checkpointing = "none",
     ):
         chosen = {"copy": copy, "flow": flow, "connector": connector, "blocks": blocks}
         super().__init__(backbone, objective, optimizer, name, condition_space, checkpointing, **chosen)
@@ -177,7 +178,7 @@ class UniCon(ControlAdapter):
         """The copies run beside the frozen blocks and add to their stream; the frozen head makes the prediction."""
         chosen = dict(zip(self.indices, range(len(self.indices)), strict=True))
         for k in range(self.indices[0], backbone.facts.depth):
-            frozen, own = self.recompute(self._beside, backbone, k, chosen.get(k), frozen, own, scale)
+            frozen, own = self.recompute(self._beside, backbone, k, chosen.get(k), frozen, own, scale, frozen=True)
         return backbone.end(frozen)
 
     def _beside(
@@ -186,7 +187,9 @@ class UniCon(ControlAdapter):
         after = backbone.run(k, frozen)
         if n is None:
             return after, own
-        new = backbone.run(self.copies[n], own)
+        # with "both" all of this is recomputed as one
+        run = backbone.run if self.checkpointing == "both" else partial(self.recompute, backbone.run)
+        new = run(self.copies[n], own)
         source = self._shared(backbone, (k, frozen), (self.copies[n], own)) if self.shares else new.x
         return after.with_(x=after.x + scale * (self.connectors[n](after.x, source) - after.x)), new
 

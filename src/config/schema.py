@@ -4,6 +4,7 @@ A default is written once, in yaml. Groups with a `_target_` are free mappings w
 that they name.
 """
 
+import typing
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -11,6 +12,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
 from src.objectives import TIME_LAWS
+from src.types import Checkpointing
 
 NODE, NODES = {"kind": "node"}, {"kind": "nodes"}  # a mapping with a `_target_`; a mapping of such
 
@@ -51,7 +53,7 @@ class HardwareConfig:
     micro_batch: int | None = _key(least=1)
     workers: int | None = _key(least=0)
     threads: int | None = _key(least=1)
-    checkpointing: bool | None = MISSING
+    checkpointing: str | None = _key(choices=typing.get_args(Checkpointing))
     compile: bool | None = MISSING
     strategy: str | None = MISSING
     memory_gib: float | None = _key(least=0)
