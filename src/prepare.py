@@ -6,6 +6,7 @@ is refused in one line with exit code 2; `check` ends with 1 where it found prob
 
 import json
 import os
+import platform
 import sys
 import tempfile
 import time
@@ -145,7 +146,6 @@ def speed(cfg: DictConfig) -> None:
 
     from src import build
     from src.data.speed import Timed, as_formats, cached_rate, lines, one_core, source_rates
-    from src.results import environment
 
     cfg = resolve_hardware(OmegaConf.merge(cfg, {"budget": {"images": SPEED_STEPS * cfg.budget.effective_batch}}))
     build.quiet()
@@ -161,7 +161,6 @@ def speed(cfg: DictConfig) -> None:
     torch.set_num_threads(cfg.hardware.threads)
     batches = Timed(context.data.train_dataloader())
     build.trainer(cfg, context, []).fit(build.new_adapter(cfg, world.backbone), train_dataloaders=batches)
-    machine = {"cores": os.cpu_count(), "torch_threads": torch.get_num_threads(), "accelerator": cfg.hardware.accelerator}
     found = {
         "resolution": cfg.resolution,
         "task": cfg.task.name,
@@ -173,22 +172,34 @@ def speed(cfg: DictConfig) -> None:
             "workers": cfg.hardware.workers,
             "adapter": cfg.adapter.name,
             "backbone": cfg.backbone.name,
+            "accelerator": cfg.hardware.accelerator,
+            "torch_threads": torch.get_num_threads(),
         },
-        "machine": machine,
-        "versions": environment(),
     }
     _leave(OmegaConf.merge(cfg, {"name": f"speed_{cfg.name}"}), "speed.json", found, lines(found))
 
 
 def _leave(cfg: DictConfig, name: str, content: dict[str, Any], lines: Iterable[str]) -> None:
     """Print what was found, and leave it as JSON in a new run folder, whose name is the last line."""
-    from src.results import write_atomic
+    from src.results import command_line, environment, git_state, write_atomic
     from src.runs import new_run
 
     folder = new_run(cfg).folder
-    write_atomic(folder / name, (json.dumps(content, indent=1) + "\n").encode())
+    sha, dirty = git_state(Path(__file__).parent)
+    processor = {"cores": os.cpu_count(), "processor": _processor()}
+    told = {"command": command_line(), "git_sha": sha, "git_dirty": dirty, "machine": processor, "versions": environment()}
+    write_atomic(folder / name, (json.dumps({**content, **told}, indent=1) + "\n").encode())
     for line in [*lines, f"numbers: {folder}/{name}", f"run: {folder}"]:
         say(line)
+
+
+def _processor() -> str:
+    """What /proc/cpuinfo calls it, or else what the platform does."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")), "unknown")
 
 
 if __name__ == "__main__":
