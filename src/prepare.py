@@ -100,7 +100,7 @@ def check(cfg: DictConfig) -> None:
     )
     report["seconds"] = round(time.perf_counter() - began, 2)
     report["data"] = OmegaConf.to_container(cfg.data, resolve=True)
-    _leave(cfg, "report.json", report, lines(report, cfg.worst))
+    _leave("check", cfg, "report.json", report, lines(report, cfg.worst))
     if report["problems"]:
         raise SystemExit(1)
 
@@ -176,10 +176,10 @@ def speed(cfg: DictConfig) -> None:
             "torch_threads": torch.get_num_threads(),
         },
     }
-    _leave(OmegaConf.merge(cfg, {"name": f"speed_{cfg.name}"}), "speed.json", found, lines(found))
+    _leave("speed", OmegaConf.merge(cfg, {"name": f"speed_{cfg.name}"}), "speed.json", found, lines(found))
 
 
-def _leave(cfg: DictConfig, name: str, content: dict[str, Any], lines: Iterable[str]) -> None:
+def _leave(verb: str, cfg: DictConfig, name: str, content: dict[str, Any], lines: Iterable[str]) -> None:
     """Print what was found, and leave it as JSON in a new run folder, whose name is the last line."""
     from src.results import command_line, environment, git_state, write_atomic
     from src.runs import new_run
@@ -187,7 +187,8 @@ def _leave(cfg: DictConfig, name: str, content: dict[str, Any], lines: Iterable[
     folder = new_run(cfg).folder
     sha, dirty = git_state(Path(__file__).parent)
     processor = {"cores": os.cpu_count(), "processor": _processor()}
-    told = {"command": command_line(), "git_sha": sha, "git_dirty": dirty, "machine": processor, "versions": environment()}
+    command = command_line().replace("src.prepare", f"src.prepare {verb}", 1)  # `main` has taken the verb out of sys.argv
+    told = {"command": command, "git_sha": sha, "git_dirty": dirty, "machine": processor, "versions": environment()}
     write_atomic(folder / name, (json.dumps({**content, **told}, indent=1) + "\n").encode())
     for line in [*lines, f"numbers: {folder}/{name}", f"run: {folder}"]:
         say(line)
