@@ -141,16 +141,24 @@ class Diffusion(Objective):
         """t in [0, 1] -> step numbers (B,) int64 in 0..train_steps - 1."""
         return (t_B.double() * self.train_steps).round().long().sub(1).clamp(0, self.train_steps - 1)
 
+    def _signal(self, device: torch.device) -> Tensor:
+        """a^2 of each step where it is used. It stays there: a copy at every use would make the step wait for the device."""
+        if device.type == "meta":
+            return self.signal_T.to(device)
+        if self.signal_T.device != device:
+            self.signal_T = self.signal_T.to(device)
+        return self.signal_T
+
     def scales(self, t_B: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """a and s of each sample, shaped and typed to multiply `like`."""
-        signal = self.signal_T.to(t_B.device)[self.steps(t_B)]
+        signal = self._signal(t_B.device)[self.steps(t_B)]
         return _column(signal.sqrt(), like), _column((1 - signal).sqrt(), like)
 
     def native_t(self, uniform_B: Tensor) -> Tensor:
         if self.native_law == "uniform":
             return self.on_grid(uniform_B)
         ratio = torch.special.ndtri(uniform_B.double().clamp(1e-6, 1 - 1e-6)).exp()  # s / a = time / (1 - time)
-        signal_T = self.signal_T.to(ratio.device)
+        signal_T = self._signal(ratio.device)
         step = torch.searchsorted(-signal_T, -1 / (1 + ratio.square())).clamp(max=self.train_steps - 1)
         return ((step + 1) / self.train_steps).float()
 
@@ -166,7 +174,7 @@ class Diffusion(Objective):
 
     def snr(self, t_B: Tensor) -> Tensor:
         """Signal-to-noise ratio a^2 / s^2, (B,) float64."""
-        signal = self.signal_T.to(t_B.device)[self.steps(t_B)]
+        signal = self._signal(t_B.device)[self.steps(t_B)]
         return signal / (1 - signal)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytorch_lightning as pl
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -130,7 +131,14 @@ class ControlData(pl.LightningDataModule):
         return self._loader(self.val_stream, PositionSampler(0, self.val_images, self.micro_batch), 0)
 
     def _loader(self, stream: ImageStream, positions: PositionSampler, workers: int) -> DataLoader:
-        return DataLoader(stream, batch_sampler=positions, num_workers=workers, collate_fn=_as_it_is, persistent_workers=False)
+        return DataLoader(
+            stream,
+            batch_sampler=positions,
+            num_workers=workers,
+            collate_fn=_as_it_is,
+            persistent_workers=False,
+            pin_memory=torch.cuda.is_available(),
+        )
 
 
 def _as_it_is(batch: Batch) -> Batch:
