@@ -15,7 +15,7 @@ from src.data.scenes import COLOURS, SHAPES, SIZES, Thing, render, sample_scene
 from src.embedded.card import write_card
 from src.embedded.families import FAMILIES
 from src.embedded.reader import FEATURES, FOLDER, KINDS, SIZE, accuracy, labels, load_reader, reader_hash, rejection, unit
-from src.embedded.score import frechet_distance, load_pipeline, sample_captions
+from src.embedded.score import load_pipeline, sample_captions
 from src.embedded.text import TEXT_TOKENS, clip_tokenizer, scene_words, silent_t5, t5_tokenizer
 from src.types import UserError
 
@@ -191,24 +191,6 @@ def test_the_reader_refuses_other_pictures(tmp_path):
         load_reader().read(np.zeros((1, 32, 32, 3), np.uint8))
     with pytest.raises(UserError, match="no scene reader in"):
         load_reader(tmp_path)
-
-
-def test_frechet_distance_is_the_closed_form():
-    from scipy.linalg import sqrtm
-
-    rng = np.random.default_rng(0)
-    a, b = rng.normal(size=(400, 8)), rng.normal(size=(300, 8)) @ rng.normal(size=(8, 8)) + 1
-    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
-    assert frechet_distance(a, a + 2) == pytest.approx(8 * 4)
-    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    gap = a.mean(0) - b.mean(0)
-    expected = gap @ gap + np.trace(cov_a + cov_b - 2 * sqrtm(cov_a @ cov_b).real)
-    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-8)
-    assert frechet_distance(a, b) == pytest.approx(frechet_distance(b, a), rel=1e-8)
-    dead = np.concatenate([a, np.zeros((400, 2))], 1)  # features that never fire
-    assert frechet_distance(dead, dead + 1) == pytest.approx(10)
-    with pytest.raises(ValueError, match="N > F"):
-        frechet_distance(a[:8], b)
 
 
 # ---- the shipped backbones --------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from src.embedded.families import FAMILIES, of_folder, of_pipeline
 from src.embedded.reader import FEATURES, SIZE, SceneReader, outcomes
 from src.embedded.text import TEXT_TOKENS
 from src.embedded.vae import psnr, to_signed
+from src.metrics.frechet import frechet_distance
 from src.metrics.intervals import metric
 
 SAMPLE_BATCH = 32
@@ -27,23 +28,6 @@ T5_TOKENS = (0, 1, 256)  # values of SD3's `max_sequence_length` to compare; 256
 PADDINGS = (TEXT_TOKENS, 120)  # the same for PixArt, which masks what it pads: as trained, and diffusers' default
 FEW_SCENES = 64  # that such comparisons draw
 Draw = Callable[..., np.ndarray]  # captions (N,) and keyword arguments of the pipeline -> (N, 64, 64, 3) uint8
-
-
-def frechet_distance(a_NF: np.ndarray, b_MF: np.ndarray) -> float:
-    """Frechet distance of the normal distributions fitted to two sets of features, in float64.
-
-    |mean_a - mean_b|^2 + tr(A + B - 2 (A^1/2 B A^1/2)^1/2): the root of a symmetric matrix, by its eigenvalues.
-    Raises ValueError unless both sets have more rows than columns: below that the covariance is singular.
-    """
-    a, b = (np.asarray(x, np.float64) for x in (a_NF, b_MF))
-    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) <= a.shape[1]:
-        raise ValueError(f"a Frechet distance wants two sets (N, F) with N > F, got {a.shape} and {b.shape}")
-    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    values, vectors = np.linalg.eigh(cov_a)
-    root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
-    mixed = np.linalg.eigvalsh(root @ cov_b @ root)
-    gap = a.mean(0) - b.mean(0)
-    return float(gap @ gap + np.trace(cov_a) + np.trace(cov_b) - 2 * np.sqrt(np.maximum(mixed, 0)).sum())
 
 
 def load_pipeline(folder: str | Path) -> DiffusionPipeline:
