@@ -17,7 +17,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "ControlBench needs Python 3.11 or newer, found $$($(PYTHON) --version); try: make $(MAKECMDGOALS) PYTHON=python3.11"; exit 2; }
 	@echo "installing into $(VENV) (about 6 GB with torch's CUDA packages; minutes)"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[wandb,fid,data,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[wandb,fid,data,slurm,dev]'
 	@touch $@
 
 train: $(STAMP) ## the main job: UniCon on the embedded SD3 with canny edges, about 20 minutes on 2 cores

@@ -2,12 +2,15 @@
 program. Types are in `schema`, values in conf/*.yaml.
 """
 
+import argparse
 import functools
+import importlib.util
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import hydra
 from hydra._internal.utils import get_args_parser
@@ -17,15 +20,18 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, open_dict
 
-from src.config.checks import ConfigError, Incompatible, Unsupported, Where, check_unknown, check_values, resolve
+from src.config.checks import ConfigError, Incompatible, Unsupported, Where, check_unknown, check_values, key_is, resolve
 from src.config.compose import COMMAND_LINE, CONF, Request, compose
 from src.config.rules import NOT_SCIENCE, accumulation, check_together, config_sha, resolve_hardware, science_diff
 from src.config.schema import SCHEMAS, ExportConfig, PrepareConfig, SampleConfig, TrainConfig
 from src.types import UserError
 
+if TYPE_CHECKING:
+    from src.sweep.cells import Sweep
+
 __all__ = ["CONF", "NOT_SCIENCE", "ConfigError", "Incompatible", "Unsupported"]
-__all__ += ["ExportConfig", "PrepareConfig", "SampleConfig", "TrainConfig"]
-__all__ += ["accumulation", "cli", "config_sha", "load", "preflight", "resolve_hardware", "science_diff"]
+__all__ += ["ExportConfig", "PrepareConfig", "Request", "SampleConfig", "TrainConfig"]
+__all__ += ["accumulation", "cli", "composed", "config_sha", "load", "preflight", "resolve_hardware", "science_diff"]
 
 MAX_SWEPT_VALUES = 16  # values of one key that are checked before a sweep starts; each job checks itself in any case
 
@@ -34,19 +40,26 @@ MAX_SWEPT_VALUES = 16  # values of one key that are checked before a sweep start
 
 def load(config_name: str, overrides: Iterable[str] = (), config_dir: str | Path = CONF) -> DictConfig:
     """Compose conf/<config_name>.yaml with overrides and check it. Raises ConfigError; touches no global Hydra state."""
-    cfg, where = compose(Request(config_name, SCHEMAS[config_name], tuple(overrides), str(config_dir)))
-    return _checked(cfg, SCHEMAS[config_name], where)[0]
+    return composed(Request(config_name, SCHEMAS[config_name], tuple(overrides), str(config_dir)))[0]
 
 
-def preflight(config_name: str, argv: list[str], config_dir: str | Path = CONF) -> None:
-    """Check a command line (`argv` without the program's name) before Hydra sees it.
+def composed(request: Request) -> tuple[DictConfig, list[str]]:
+    """-> a checked configuration, and notes that are worth a line. Raises ConfigError."""
+    cfg, where = compose(request)
+    return _checked(cfg, request.schema, where)
+
+
+def preflight(config_name: str, argv: list[str], config_dir: str | Path = CONF) -> "Sweep | None":
+    """Check a command line (`argv` without the program's name) before Hydra sees it. -> the sweep that it asks for, if any.
 
     Prints `error: <place>: <key>=<value> <fault>` on stderr and exits 2 if it is wrong. Help, completion and Hydra's own
     information flags are left to Hydra; `--cfg` is only composed, for a reader may want to see an incomplete one.
     """
-    args = get_args_parser().parse_args(argv)
+    # the plugin of submitit knows the keys of conf/hydra/launcher/submitit_*.yaml; Hydra checks them, and means to stop that
+    warnings.filterwarnings("ignore", message="(?s).*validated against ConfigStore schema with the same name")
+    args, sweep = get_args_parser().parse_args(argv), None
     if args.help or args.hydra_help or args.shell_completion or args.info or args.experimental_rerun:
-        return
+        return None
     if args.config_path:  # Hydra reads it relative to the file of the task function, which is this one
         config_dir = args.config_path if "://" in args.config_path else Path(__file__).parent / args.config_path
     request = Request(args.config_name or config_name, SCHEMAS[config_name], (), str(config_dir), args.config_dir)
@@ -55,29 +68,36 @@ def preflight(config_name: str, argv: list[str], config_dir: str | Path = CONF) 
             cfg, where = compose(Request(request.config_name, request.schema, cell, request.config_dir, request.extra_dir))
             if args.cfg:
                 continue
+            multirun, whole = args.multirun or cfg.hydra.mode == RunMode.MULTIRUN, cfg.copy()
             try:
                 notes = _checked(cfg, request.schema, where)[1]
             except Incompatible:
-                if not args.multirun:
+                if not multirun:
                     raise
-                continue  # in a sweep this job fails on its own, the others run
-            for note in notes if number == 0 else ():
-                print(f"note: {note}", file=sys.stderr)
-    except ConfigError as exc:
+                notes = []  # in a sweep this job fails on its own, the others run
+            if number == 0:
+                sweep = _sweep(request, args, argv, whole) if multirun else None
+                for note in notes:
+                    print(f"note: {note}", file=sys.stderr)
+    except UserError as exc:
         _refuse(exc)
+    return sweep
 
 
 def cli(config_name: str, main: Callable[[DictConfig], Any]) -> None:
     """Run an entry: preflight, then Hydra. A UserError becomes one line on stderr and exit code 2, without a traceback.
 
-    In a multirun the jobs after a refused one still run, and the exit code is 2 at the end.
+    In a multirun the jobs after a refused one still run, and the exit code is 2 at the end; `sweep` keys make each of them a
+    process of its own (src/sweep), whatever launches it.
     """
-    preflight(config_name, sys.argv[1:])
+    sweep = preflight(config_name, sys.argv[1:])
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra otherwise ends on any exception itself, with exit code 1
 
     @functools.wraps(main)
     def task(cfg: DictConfig) -> Any:
         job = HydraConfig.get()
+        if sweep is not None:
+            return sweep.run(job.job.num, job.overrides.task)
         try:
             if job.mode == RunMode.MULTIRUN:
                 _recheck(config_name, job)
@@ -91,12 +111,40 @@ def cli(config_name: str, main: Callable[[DictConfig], Any]) -> None:
             print(f"error: job {job.job.num}: {exc}", file=sys.stderr, flush=True)
             raise
 
+    program = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(task)
     try:
-        hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(task)()
-    except UserError:
+        if sweep is None:
+            program()
+        else:
+            from src.sweep.launcher import run_sweep
+
+            task.sweep = sweep
+            raise SystemExit(run_sweep(sweep, program))
+    except UserError as exc:
+        if sweep is not None:
+            _refuse(exc)
         raise SystemExit(2) from None
     except HydraException as exc:
         _refuse(ConfigError(" ".join(str(exc).split())))
+
+
+def _sweep(request: Request, args: argparse.Namespace, argv: list[str], cfg: DictConfig) -> "Sweep | None":
+    """The sweep of a verb that has `sweep` keys. cfg: one of its cells, with Hydra's node."""
+    package = str(cfg.hydra.launcher._target_).removeprefix("hydra_plugins.").partition(".")[0]
+    if package.endswith("_launcher") and (not _is_here("hydra_plugins") or not _is_here(f"hydra_plugins.{package}")):
+        fault = f"is not here: pip install {package.replace('_', '-')}"
+        raise ConfigError(key_is(COMMAND_LINE, "hydra/launcher", cfg.hydra.runtime.choices["hydra/launcher"], fault))
+    if "sweep" not in request.schema.__dataclass_fields__:
+        return None
+    from src.sweep.cells import plan_sweep
+
+    names = ("config_path", "config_name", "config_dir")
+    flags = [word for name in names if (value := getattr(args, name)) for word in (f"--{name.replace('_', '-')}", value)]
+    return plan_sweep(request, flags, argv, args.overrides, cfg)
+
+
+def _is_here(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
 
 
 def _checked(cfg: DictConfig, schema: type, where: Where) -> tuple[DictConfig, list[str]]:
