@@ -1,36 +1,36 @@
-"""Configuration to objects, in the one legal order.
+"""Configuration to objects: the adapter, its data streams, callbacks and trainer. What they work on: `src.world`."""
 
-Cheap things come first: by the time a weight is read, everything that can be refused has been.
-"""
-
+import functools
 import logging
+import operator
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig
 
 from src.adapters.base import ControlAdapter, OptimizerRecipe, unreached
+from src.adapters.frozen import Reads
+from src.adapters.passes import Passes
+from src.backbones import switches
 from src.backbones.base import Backbone
 from src.backbones.codec import Codec
 from src.callbacks.base import RunContext
 from src.checkpoint import AdapterCheckpointIO, fitting_weights, read_meta
 from src.config import accumulation, config_sha
 from src.construct import construct, partial
-from src.control_score import HeldOut
-from src.data.datamodule import ControlData, ImageStream, Stores
-from src.data.source import Source
-from src.data.stores import build_stores
-from src.data.tolerant import tolerant
+from src.data.datamodule import ControlData, ImageStream
+from src.data.feature_cache import AheadData, FeatureStore, RepeatingStream
+from src.features import features_on_disk
 from src.profiling.memory import blank_batch
-from src.sampling import solver_for
-from src.support import check_cell
 from src.tasks.base import Task
 from src.types import UserError
+from src.world import Plan, World, backbone_dtype, cached, device_of, load_world, load_worlds, plan
 
+__all__ = ["Plan", "World", "backbone_dtype", "cached", "device_of", "load_world", "load_worlds", "plan"]
 CALLBACK_ORDER = (
     "meter",
     "ema",
@@ -39,29 +39,6 @@ CALLBACK_ORDER = (
     "stopper",
     "progress",
 )  # validate before saving, save before leaving
-
-
-@dataclass
-class Plan:
-    """What a configuration names, made without reading a weight."""
-
-    backbone: Backbone
-    task: Task
-    train_source: Source
-    val_source: Source
-
-
-@dataclass
-class World:
-    """What all trainings of one run share: loaded backbone, codec, cached data, the held-out set."""
-
-    backbone: Backbone
-    codec: Codec
-    task: Task
-    train: Stores
-    val: Stores
-    held: HeldOut
-    backbone_hash: str
 
 
 @dataclass
@@ -86,62 +63,6 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="pytorch_lightning")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-
-
-def device_of(cfg: DictConfig) -> torch.device:
-    """The device that this process works on, from a resolved hardware profile."""
-    return torch.device("cuda", torch.cuda.current_device()) if cfg.hardware.accelerator == "gpu" else torch.device("cpu")
-
-
-def backbone_dtype(cfg: DictConfig) -> torch.dtype:
-    """Frozen weights are kept in the precision that they compute in."""
-    return {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(cfg.hardware.precision, torch.float32)
-
-
-def plan(cfg: DictConfig) -> Plan:
-    """Construct backbone (facts only), task and sources; whatever is wrong with them is raised here."""
-    backbone = construct(cfg.backbone, resolution=cfg.resolution)
-    check_cell(cfg, backbone)
-    task = construct(cfg.task)
-    for note in task.notes:
-        _say(note)
-    train, val = (construct(cfg.data, split=split, resolution=cfg.resolution) for split in ("train", "val"))
-    for side in {side for row in range(len(train)) for side in train.size_of(row)} - {cfg.resolution}:
-        backbone.check_resolution(side, "a side of data.buckets")
-    if len(val) < cfg.validation.final_images:
-        raise UserError(f"validation.final_images={cfg.validation.final_images}, but data.val_images gives {len(val)}")
-    return Plan(backbone, task, train, val)
-
-
-def load_world(cfg: DictConfig, made: Plan) -> World:
-    """Read the weights, fill the caches, and set up the held-out images."""
-    device, backbone = device_of(cfg), made.backbone
-    backbone.load(device, backbone_dtype(cfg))
-    codec = backbone.load_codec(device)
-    stores = cached(cfg, made, codec)
-    backbone.drop_text()
-    samples = [made.val_source[i] for i in range(cfg.validation.final_images)]
-    conditions = [made.task.condition_of(s, cfg.seed) for s in samples]
-    held = HeldOut(
-        stores=stores[1],
-        images=np.stack([s.image for s in samples]),
-        conditions=np.stack(conditions),
-        task=made.task,
-        codec=codec,
-        solver=solver_for(backbone.objective, backbone.scheduler()),
-        steps=cfg.validation.steps,
-        guidance=cfg.validation.guidance,
-        seed=cfg.seed,
-    )
-    return World(backbone, codec, made.task, stores[0], stores[1], held, backbone.weight_hash())
-
-
-def cached(cfg: DictConfig, made: Plan, codec: Codec) -> list[Stores]:
-    """The caches of both splits, filled. Bad samples are replaced in `made`'s sources first, where the data says so."""
-    folder, workers, space = Path(cfg.cache_dir), cfg.hardware.workers, cfg.adapter.condition_space
-    made.train_source, made.val_source = (tolerant(s, folder, workers, _say) for s in (made.train_source, made.val_source))
-    sources, device = [made.train_source, made.val_source], device_of(cfg)
-    return build_stores(sources, made.task, made.backbone, codec, space, folder, device, cfg.seed, workers, _say)
 
 
 def new_adapter(cfg: DictConfig, backbone: Backbone, training: bool = True) -> ControlAdapter:
@@ -189,10 +110,48 @@ def load_sampler(cfg: DictConfig, checkpoint: Path) -> Sampler:
     return Sampler(backbone, backbone.load_codec(device), construct(given), adapter.to(device).eval())
 
 
-def compile_blocks(backbone: Backbone, adapter: ControlAdapter) -> None:
-    """torch.compile, in place, of every block that runs: names in the state dictionary stay as they are."""
-    for block in [*backbone.steps(), *(m for part in adapter.parts().values() for m in part.children())]:
-        block.compile()
+def union_of(adapters: Sequence[ControlAdapter]) -> Reads | None:
+    """What several adapters read of one frozen pass; None if one of them writes into the backbone."""
+    reads = [adapter.reads() for adapter in adapters]
+    return None if None in reads else functools.reduce(operator.or_, reads)
+
+
+def share_passes(cfg: DictConfig, world: World, adapters: Sequence[ControlAdapter]) -> FeatureStore | None:
+    """Let adapters that train on the same batches have their frozen passes from one place, if there is anything to share.
+
+    -> the features of these passes, where the configuration wants them kept on disk.
+    """
+    reuse, cache, device = cfg.get("reuse", 1), cfg.get("feature_cache"), device_of(cfg)
+    overlap, kept = bool(cfg.hardware.get("overlap")), cache is not None and cache.dtype is not None
+    union, first = union_of(adapters), adapters[0]
+    if overlap and (union is None or kept or device.type == "cpu"):
+        why = "on a CPU, which does one thing at a time" if union and not kept else "where no frozen pass is to be made"
+        _say(f"hardware.overlap saves nothing {why}")
+    if union is None or not (overlap or kept or reuse > 1 or len(adapters) > 1):
+        return None
+    uses, most = len(adapters) * reuse, accumulation(cfg) if reuse > 1 else 1
+    passes = Passes(lambda batch: first.frozen_pass(batch, union), uses, most, overlap and not kept, device)
+    for adapter in adapters:
+        adapter.passes = passes
+    return features_on_disk(cfg, world.train, adapters, union, _say) if kept else None
+
+
+def train_stream(cfg: DictConfig, world: World, with_condition: bool, features: FeatureStore | None) -> ImageStream:
+    """The training images, with as much repetition as the configuration wants."""
+    given = (world.train, cfg.seed, cfg.caption_dropout, with_condition)
+    reuse, cache, batch = cfg.get("reuse", 1), cfg.get("feature_cache"), cfg.budget.effective_batch
+    draws = None if cache is None else cache.draws
+    if reuse == 1 and draws is None and not cfg.hardware.get("overlap"):
+        return ImageStream(*given, effective_batch=batch)
+    return RepeatingStream(*given, effective_batch=batch, reuse=reuse, draws=draws, features=features)
+
+
+def speed_up(cfg: DictConfig, backbone: Backbone, adapter: ControlAdapter) -> None:
+    """Set a loaded backbone and an adapter to the switches of `hardware/`."""
+    chosen = {key: cfg.hardware[key] for key in ("compile", "cuda_graphs", "channels_last")}
+    crosses = adapter.grad_through_backbone
+    for line in switches.speed_up(backbone, adapter.parts().values(), grad_through_backbone=crosses, **chosen):
+        _say(line)
 
 
 def total_images(cfg: DictConfig) -> int:
@@ -208,19 +167,31 @@ def identity(cfg: DictConfig, world: World) -> dict:
         "backbone": facts.source,
         "backbone_revision": facts.revision,
         "backbone_hash": world.backbone_hash,
+        "quantize": world.backbone.quantize,
         "backbone_dtype": str(backbone_dtype(cfg)).removeprefix("torch."),
         "task": cfg.task.name,
         "config_sha": config_sha(cfg),
     }
 
 
-def run_context(cfg: DictConfig, world: World, root: Path, folder: Path, loggers: list, with_condition: bool) -> RunContext:
-    """Data streams and everything that callbacks need; with_condition=False makes a no-control arm."""
-    batch = cfg.budget.effective_batch
-    train = ImageStream(world.train, cfg.seed, cfg.caption_dropout, with_condition, effective_batch=batch)
+def run_context(
+    cfg: DictConfig,
+    world: World,
+    root: Path,
+    folder: Path,
+    loggers: list,
+    with_condition: bool,
+    features: FeatureStore | None = None,
+) -> RunContext:
+    """Data streams and everything that callbacks need; with_condition=False makes a no-control arm.
+
+    features: from `share_passes`.
+    """
+    batch, loads = cfg.budget.effective_batch, AheadData if cfg.hardware.get("overlap") else ControlData
+    train = train_stream(cfg, world, with_condition, features)
     val = ImageStream(world.val, cfg.seed, 0.0, with_condition, stream="val")
     total = total_images(cfg)
-    data = ControlData(train, val, total, cfg.hardware.micro_batch, cfg.hardware.workers, cfg.validation.final_images)
+    data = loads(train, val, total, cfg.hardware.micro_batch, cfg.hardware.workers, cfg.validation.final_images)
     return RunContext(
         root=root,
         folder=folder,

@@ -21,8 +21,11 @@ ARMS = {
 }
 OTHER_ARMS = [(ORANGE, "v", "--"), (PURPLE, "P", "-."), (SKY, "X", ":")]
 STYLE = {"font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "axes.spines.right": False, "axes.spines.top": False}
+STYLE |= {"svg.hashsalt": "controlbench"}  # names inside an SVG are otherwise drawn at random
 NO_SCORE = ("loss", "steps_to_control", "images_to_control")  # of the val/ metrics; they have no panel of a score
-CELL_GAP, MARGIN, LINE = 4, 8, 14
+CELL_GAP, MARGIN, LINE, TITLES = 4, 8, 14, 165  # pixels of a sheet: between cells, around, a line of text, row titles
+GRID_ROWS = 6  # scenes of a validation that are shown, in columns
+GRID_COLUMNS = ("source", "condition", "no control", "controlled", "wrong condition", "its output")  # of a validation
 
 
 def plot_curves(jsonl_path: str | Path, out_png: str | Path) -> None:
@@ -39,7 +42,7 @@ def plot_curves(jsonl_path: str | Path, out_png: str | Path) -> None:
     panels += ["speed"] if any("train/img_per_s" in row for row in rows) else []
     across = 2 if len(panels) in (2, 4) else min(3, len(panels))
     down = -(-len(panels) // across)
-    with _figure(4.6 * across, 3.4 * down) as figure:
+    with figure_of(4.6 * across, 3.4 * down) as figure:
         for place, name in enumerate(panels):
             axes = figure.add_subplot(down, across, place + 1)
             if place == 0:
@@ -49,7 +52,7 @@ def plot_curves(jsonl_path: str | Path, out_png: str | Path) -> None:
             else:
                 _score_panel(axes, rows, name)
             axes.set_xlabel("images seen")
-        _save(figure, out_png)
+        save(figure, out_png)
 
 
 def plot_loss_curve(rows: Sequence[Mapping[str, Any]], x: str, ys: Sequence[str], out_png: str | Path, title: str) -> None:
@@ -57,7 +60,7 @@ def plot_loss_curve(rows: Sequence[Mapping[str, Any]], x: str, ys: Sequence[str]
 
     rows: as of `read_rows`; a row without a column is skipped for that curve. Raises ResultError if a column is nowhere.
     """
-    with _figure(6.0, 3.6) as figure:
+    with figure_of(6.0, 3.6) as figure:
         axes = figure.add_subplot()
         for y, colour in zip(ys, [BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY, BLACK], strict=False):
             xs, values = _column(rows, y, x)
@@ -68,7 +71,7 @@ def plot_loss_curve(rows: Sequence[Mapping[str, Any]], x: str, ys: Sequence[str]
             _curve(axes, xs, values, y, colour)
         axes.set(title=title, xlabel=x.replace("_", " "), ylabel=ys[0] if len(ys) == 1 else "")
         axes.legend(frameon=False)
-        _save(figure, out_png)
+        save(figure, out_png)
 
 
 def plot_grid(
@@ -87,7 +90,7 @@ def plot_grid(
     font = ImageFont.load_default(size=12)
     height = scale * max((cell.shape[0] for row in rows for cell in row if cell is not None), default=1)
     width = scale * max((cell.shape[1] for row in rows for cell in row if cell is not None), default=1)
-    left = MARGIN + (165 if row_titles else 0)
+    left = MARGIN + (TITLES if row_titles else 0)
     heads = [_wrapped(title, width, font) for title in column_titles]
     top = MARGIN + LINE * max((len(head) for head in heads), default=0) + CELL_GAP
     size = (left + len(column_titles) * (width + CELL_GAP) + MARGIN, top + len(rows) * (height + CELL_GAP) + MARGIN)
@@ -108,6 +111,33 @@ def plot_grid(
                 sheet.paste(Image.fromarray(np.repeat(np.repeat(cell, scale, 0), scale, 1)), (x, y))
     Path(out_png).parent.mkdir(parents=True, exist_ok=True)
     sheet.save(out_png, format="PNG")
+
+
+def read_grid(sheet_png: str | Path, column_titles: Sequence[str], scale: int = 2) -> list[list[np.ndarray]] | None:
+    """The pictures of a sheet that `plot_grid` drew with row titles, exactly as they were given to it; None for another sheet.
+
+    For square pictures. Whether a cell is one shows in its pixels: each was drawn as a block of scale x scale equal ones.
+    """
+    with Image.open(sheet_png) as image:
+        sheet = np.asarray(image.convert("RGB"))
+    left, columns = MARGIN + TITLES, len(column_titles)
+    size = (sheet.shape[1] - left - MARGIN) // columns - CELL_GAP
+    if size < scale or size % scale or left + columns * (size + CELL_GAP) + MARGIN != sheet.shape[1]:
+        return None
+    font = ImageFont.load_default(size=12)
+    top = MARGIN + LINE * max(len(_wrapped(title, size, font)) for title in column_titles) + CELL_GAP
+    count, rest = divmod(sheet.shape[0] - top - MARGIN, size + CELL_GAP)
+    if rest or count < 1:
+        return None
+    places = [[(top + r * (size + CELL_GAP), left + c * (size + CELL_GAP)) for c in range(columns)] for r in range(count)]
+    blocks = [[sheet[y : y + size, x : x + size] for y, x in row] for row in places]
+    cells = [[block[::scale, ::scale].copy() for block in row] for row in blocks]
+    same = all(
+        np.array_equal(np.repeat(np.repeat(cell, scale, 0), scale, 1), block)
+        for row, drawn in zip(cells, blocks, strict=True)
+        for cell, block in zip(row, drawn, strict=True)
+    )
+    return cells if same else None
 
 
 def _check_grid(rows: Sequence[Sequence[Any]], column_titles: Sequence[str], row_titles: Any, scale: int) -> None:
@@ -212,7 +242,7 @@ def _column(rows: Sequence[Mapping[str, Any]], y: str, x: str = "images_seen") -
 
 
 @contextmanager
-def _figure(width: float, height: float) -> Any:
+def figure_of(width: float, height: float) -> Any:
     """A figure without pyplot and without the user's own style: no window, no global state, the same look everywhere."""
     import matplotlib.style
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -225,6 +255,9 @@ def _figure(width: float, height: float) -> Any:
         yield figure
 
 
-def _save(figure: Any, out_png: str | Path) -> None:
-    Path(out_png).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out_png, format="png", metadata={"Software": None})
+def save(figure: Any, file: str | Path) -> None:
+    """As PNG or SVG, by the name's ending, without the date and the program that drew it."""
+    file = Path(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    metadata = {".png": {"Software": None}, ".svg": {"Date": None, "Creator": None}}[file.suffix]
+    figure.savefig(file, format=file.suffix[1:], metadata=metadata)

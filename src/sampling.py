@@ -3,8 +3,8 @@
 Legend in `src.types`.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,21 +12,59 @@ from torch import Tensor
 from src.objectives import FlowMatching, Objective
 from src.types import Features, TextCond, UserError
 
+T = TypeVar("T")
 Predict = Callable[[Tensor, Tensor, TextCond, Features | None], Tensor]
+OWN = "auto"  # the solver that every other entry draws with
+SOLVERS: dict[str, tuple[str, ...]] = {  # name -> kinds of models that it can solve
+    OWN: ("flow", "diffusion"),
+    "euler": ("flow",),
+    "heun": ("flow",),  # two predictions per step
+    "ddim": ("diffusion",),
+    "dpmpp_2m": ("flow", "diffusion"),
+    "unipc": ("flow", "diffusion"),
+}
 
 
-def solver_for(objective: Objective, scheduler: Any) -> Any:
-    """The scheduler that pictures are drawn with, made from the model's own.
+def solver_for(objective: Objective, scheduler: Any, solver: str = OWN) -> Any:
+    """The scheduler that pictures are drawn with, made from the model's own. All of them are deterministic.
 
-    Flow models keep theirs (Euler). Diffusion models get DPM-Solver++ of second order (2211.01095) on their own noise
-    schedule: it is deterministic and needs few steps, and it is what PixArt-alpha ships with.
+    auto: flow models keep theirs (Euler). Diffusion models get DPM-Solver++ of second order (2211.01095) on their own noise
+    schedule: it needs few steps, and it is what PixArt-alpha ships with. Others: see `SOLVERS`. Raises UserError for a
+    solver of the other kind of models.
     """
-    if isinstance(objective, FlowMatching):
-        return scheduler
-    from diffusers import DPMSolverMultistepScheduler
+    kind = "flow" if isinstance(objective, FlowMatching) else "diffusion"
+    if kind not in SOLVERS[solver]:
+        known = ", ".join(name for name, kinds in SOLVERS.items() if kind in kinds)
+        raise UserError(f"solver={solver} is not for {kind} models, such as this backbone; write one of {known}")
+    if kind == "flow":
+        return scheduler if solver == OWN else _flow_solver(scheduler.config, solver)
+    return _diffusion_solver(scheduler.config, solver)
 
-    return DPMSolverMultistepScheduler.from_config(
-        scheduler.config, algorithm_type="dpmsolver++", solver_order=2, solver_type="midpoint", use_karras_sigmas=False
+
+def _flow_solver(own: Any, solver: str) -> Any:
+    import diffusers
+
+    if solver == "euler":
+        return diffusers.FlowMatchEulerDiscreteScheduler.from_config(own, stochastic_sampling=False)
+    if own.use_dynamic_shifting:
+        raise UserError(f"solver={solver} does not know this model's dynamic shift of noise levels; write solver=auto")
+    if solver == "heun":
+        return diffusers.FlowMatchHeunDiscreteScheduler(shift=own.shift)
+    maker = {"dpmpp_2m": diffusers.DPMSolverMultistepScheduler, "unipc": diffusers.UniPCMultistepScheduler}[solver]
+    return maker(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=own.shift, solver_order=2)
+
+
+def _diffusion_solver(own: Any, solver: str) -> Any:
+    import diffusers
+
+    if solver == "ddim":  # its step assumes equal steps down from the last timestep
+        even = {"timestep_spacing": "trailing", "set_alpha_to_one": True, "clip_sample": False}
+        return diffusers.DDIMScheduler.from_config(own, **even)
+    second = {"solver_order": 2, "use_karras_sigmas": False}
+    if solver == "unipc":
+        return diffusers.UniPCMultistepScheduler.from_config(own, **second)
+    return diffusers.DPMSolverMultistepScheduler.from_config(
+        own, algorithm_type="dpmsolver++", solver_type="midpoint", **second
     )
 
 
@@ -70,3 +108,47 @@ def double(features: Features | None) -> Features | None:
     if features is None:
         return None
     return torch.cat([features, features]) if isinstance(features, Tensor) else tuple(torch.cat([f, f]) for f in features)
+
+
+class Batches:
+    """How many pictures are drawn at once, `size`: halved for good when memory runs out. Speed only; `said` is told.
+
+    What a picture becomes depends on the others of its batch by rounding alone: by 4e-6 of its range in float32 on a CPU.
+    """
+
+    def __init__(self, size: int, said: Callable[[str], None] = print):
+        self.size, self.said = size, said
+
+    def over(self, rows: Sequence[int], draw: Callable[[list[int]], T]) -> Iterator[tuple[list[int], T]]:
+        """draw(some rows) for all rows, in their order. Raises UserError if a single one does not fit the memory."""
+        first = 0
+        while first < len(rows):
+            some = list(rows[first : first + self.size])
+            made = self._tried(some, draw)
+            if made is None:
+                continue
+            yield some, made[0]
+            first += len(some)
+
+    def _tried(self, some: list[int], draw: Callable[[list[int]], T]) -> tuple[T] | None:
+        """None where memory ran out; the error has gone with its frames, and what they held is free again."""
+        try:
+            return (draw(some),)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if len(some) == 1:
+                raise UserError(
+                    "drawing runs out of memory at one picture at a time; take a smaller resolution or a larger device"
+                ) from error
+        self.size = max(1, len(some) // 2)
+        self.said(f"out of memory with {len(some)} pictures at once: going on with {self.size}")
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device or the machine had no room: torch raises a type of its own on a GPU, and a plain one on a CPU."""
+    said = str(error)
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "out of memory" in said or "can't allocate memory" in said

@@ -15,6 +15,8 @@ from torch import Tensor
 
 ConditionSpace = Literal["latent", "pixel"]
 Checkpointing = Literal["none", "adapter", "both"]  # whose blocks are recomputed in the backward pass
+Compile = Literal["none", "frozen", "all"]  # whose blocks torch.compile takes
+Fit = Literal["refuse", "warn", "auto"]  # what a training does that should not fit the memory
 Features = Tensor | tuple[Tensor, ...]  # what an adapter computes from a condition: one tensor, or one per scale
 
 
@@ -46,8 +48,8 @@ class TextCond:
         return TextCond.of({name: fn(x) for name, x in self.fields().items()})
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> "TextCond":
-        """Move, and cast if a dtype is given."""
-        return self.map(lambda x: x.to(device=device, dtype=dtype))
+        """Move, and cast if a dtype is given. Towards a GPU nobody waits: what uses it is ordered behind the copy."""
+        return self.map(lambda x: x.to(device=device, dtype=dtype, non_blocking=device.type == "cuda"))
 
     def __getitem__(self, rows: Any) -> "TextCond":
         """Select captions by index, slice or mask."""
@@ -141,6 +143,9 @@ class BackboneFacts:
         return self.family == "unet"
 
 
+TENSORS = ("latents_BCHW", "noise_BCHW", "uniform_B", "condition")  # of a batch, beside its text
+
+
 @dataclass
 class Batch:
     """One micro-batch of training, ready to use: every random number in it is keyed by the image's stream position.
@@ -162,9 +167,15 @@ class Batch:
         return len(self.index)
 
     def to(self, device: torch.device) -> "Batch":
-        """Move every tensor (Lightning calls this)."""
-        moved = {k: getattr(self, k).to(device) for k in ("latents_BCHW", "noise_BCHW", "uniform_B", "text", "condition")}
-        return replace(self, **moved)
+        """Move every tensor (Lightning calls this). Towards a GPU nobody waits: what uses it is ordered behind the copy."""
+        fast = device.type == "cuda"
+        moved = {k: getattr(self, k).to(device, non_blocking=fast) for k in TENSORS}
+        return replace(self, text=self.text.to(device), **moved)
+
+    def pin_memory(self) -> "Batch":
+        """In page-locked memory, from where a copy to a GPU need not be waited for (a DataLoader calls this)."""
+        pinned = {k: getattr(self, k).pin_memory() for k in TENSORS}
+        return replace(self, text=self.text.map(lambda x: x.pin_memory()), **pinned)
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ ROWS = [
     {"sampling", "checkpoint", "profiling", "metrics"},
     {"adapters"},
     {
-        "callbacks", "config", "build", "construct", "control_score", "embedded",
-        "interop", "loggers", "matching", "plots", "results", "runs", "support",
+        "callbacks", "collect", "config", "build", "construct", "control_score", "embedded", "features", "fit",
+        "interop", "loggers", "matching", "plots", "results", "runs", "support", "sweep", "together", "world",
     },
     {"train", "evaluate", "sample", "bench", "prepare", "report", "export"},
 ]  # fmt: skip
@@ -63,7 +63,7 @@ def test_heavy_optional_packages_are_imported_where_they_are_used():
         for node in ast.parse(path.read_text()).body:
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
-            optional = {"wandb", "cleanfid", "matplotlib", "bitsandbytes", "datasets", "pyarrow", "ray"}
+            optional = {"wandb", "cleanfid", "matplotlib", "bitsandbytes", "datasets", "pyarrow", "ray", "submitit"}
             heavy = {n.split(".")[0] for n in names} & optional
             assert not heavy, f"{path.relative_to(SRC.parent)} imports {heavy} at its top"
 

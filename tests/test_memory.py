@@ -10,9 +10,10 @@ from torch import nn
 from src import build
 from src.backbones.mmdit import SD3
 from src.config import load
-from src.profiling import memory
-from src.profiling.memory import GIB, StorageTracker, blank_batch, describe, estimate_for, track_step
+from src.profiling import meta
+from src.profiling.memory import GIB, blank_batch, describe, estimate_for, track_step
 from src.profiling.saved import saved_bytes
+from src.profiling.tracker import CATEGORIES, StorageTracker
 from src.types import UserError
 
 CPU = torch.device("cpu")
@@ -110,7 +111,7 @@ def test_weights_gradients_and_optimizer_are_exact(loaded):
     assert told.trainable_weights_gib * GIB == told.gradients_gib * GIB == told.ema_gib * GIB == 4 * numbers
     assert told.optimizer_gib * GIB == 8 * numbers
     assert told.frozen_weights_gib * GIB == frozen
-    parts = [getattr(told, f"{c}_gib") for c in memory.CATEGORIES]
+    parts = [getattr(told, f"{c}_gib") for c in CATEGORIES]
     assert sum(parts) == pytest.approx(told.peak_gib)
     assert max(told.phases_gib.values()) == told.peak_gib
 
@@ -141,7 +142,7 @@ def growth(backbone):
 def test_attention_is_linear_in_tokens(backbone, monkeypatch):
     real, line = growth(backbone)
     assert real == pytest.approx(line, rel=0.005)
-    monkeypatch.setattr(memory, "_flash", nn.functional.scaled_dot_product_attention)
+    monkeypatch.setattr(meta, "_flash", nn.functional.scaled_dot_product_attention)
     real, line = growth(backbone)
     assert real > 1.05 * line  # what torch itself does on `meta`: all tokens by all tokens
 
@@ -163,7 +164,7 @@ def test_mixed_precision(loaded, precision):
 
 def test_mixed_precision_equals_autocast(backbone, monkeypatch):
     """Against the CPU's autocast, after giving the emulation its list: it keeps norms in 16 bits, a GPU's does not."""
-    monkeypatch.setattr(memory, "CAST_FLOAT", set())
+    monkeypatch.setattr(meta, "CAST_FLOAT", set())
     told = estimate(backbone, precision="bf16-mixed", batch=16)
     adapter, batch = unicon()(backbone.load(CPU, torch.bfloat16)), step(backbone, 16)
     tracker = StorageTracker()

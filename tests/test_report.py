@@ -1,48 +1,91 @@
-"""The report: what may share a table, what a difference is, and what is refused."""
+"""The report: what is read, what may share a table, what a difference is, and what is refused."""
 
+import functools
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from src.callbacks.control import GRID_COLUMNS
+from src.config import load
 from src.metrics.intervals import bootstrap_ci
-from src.report.grids import plot_side_by_side
-from src.report.rows import groups, read_rows
-from src.report.tables import csv_text, markdown, paired_table
+from src.plots import GRID_COLUMNS, plot_grid, read_grid
+from src.report import abstract
+from src.report.__main__ import entry
+from src.report.charts import Bar, Chart, Point, Series, Stack, curve_charts, predicted_chart, score_charts, stacks
+from src.report.costs import cost_csv, memory_table, predicted_table, time_table
+from src.report.dashboard import control_scores, define, definition, push, workspace
+from src.report.figures import draw_charts, draw_stacks
+from src.report.grids import sheets
+from src.report.groups import cost_groups, groups, refuse_unlike
+from src.report.names import named
+from src.report.rows import Found, read_all, read_rows
+from src.report.seeds import over_seeds, seed_table
+from src.report.svg import ticks
+from src.report.tables import csv_text, markdown_table, paired_table, score_table
+from src.report.write import score_section, write_report
+from src.results import ResultError
 from src.types import UserError
 from tests.conftest import ROOT, run_entry
-
-COMMITTED = ROOT / "experiments" / "unicon_sd3_canny" / "results.json"
+from tests.report_rows import COMMITTED, cells, estimate, evaluation, make_cell, make_run
 
 
 @pytest.fixture
 def run(tmp_path):
     """run(name, scores, **changes) -> a run folder: the committed result with changes, and scores per image."""
-
-    def make(name, scores=None, ids=None, **changes):
-        folder = tmp_path / "runs" / name
-        folder.mkdir(parents=True)
-        raw = json.loads(COMMITTED.read_text()) | {"date": f"2026-01-0{len(name)}T00:00:00+00:00"} | changes
-        (folder / "results.json").write_text(json.dumps(raw))
-        if scores is not None:
-            kept = {"ids": ids or [str(i) for i in range(len(scores))], "scores": {"canny_f1": list(scores)}}
-            (folder / "outcome.json").write_text(json.dumps(kept))
-        return folder
-
-    return make
+    return functools.partial(make_run, tmp_path)
 
 
-def cells(folder, seed, controlled):
-    """Grid pictures of two scenes: the shared ones from `seed`, the controlled ones from `controlled`."""
-    shared, own = np.random.default_rng(seed), np.random.default_rng(controlled)
-    where = folder / "grids" / "cells-000032000"
-    where.mkdir(parents=True)
-    for scene in range(2):
-        for column in range(len(GRID_COLUMNS)):
-            draw = own if column > 2 else shared
-            Image.fromarray(draw.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(where / f"{scene}-{column}.png")
+@pytest.fixture
+def cell(tmp_path):
+    """cell(name, **changes) -> a folder with the results.json of one cell of a benchmark."""
+    return functools.partial(make_cell, tmp_path)
+
+
+# ---- reading ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_copy_of_a_run_is_counted_once(run, tmp_path):
+    run("a")
+    run("b", [0.1, 0.2])
+    rows = read_rows([tmp_path / "runs", tmp_path / "runs" / "a"])
+    assert [row.folder.name for row in rows] == ["b"]
+
+
+def test_kinds_are_told_apart(run, cell, tmp_path):
+    run("a")
+    cell("cost")
+    evaluation(run("evaluated"))
+    found = read_all([tmp_path / "runs"])
+    assert [[row.place for row in kind] for kind in (found.trained, found.evaluated, found.costs)] == [
+        ["runs/a"],
+        ["runs/evaluated"],
+        ["runs/cost"],
+    ]
+    assert "manifest cafecafecafecafe." in "\n".join(score_section(groups(found.evaluated)[0]))
+
+
+def test_what_cannot_be_trusted_is_refused(run, tmp_path):
+    with pytest.raises(UserError, match=r"no results\.json below it; give folders"):
+        read_rows([tmp_path])
+    folder = run("a", kind="guess")
+    with pytest.raises(ResultError, match="kind is 'guess', wanted train, evaluation or cost"):
+        read_rows([folder])
+    (folder / "results.json").write_text(COMMITTED.read_text())
+    (folder / "outcome.json").write_text('{"ids": [')
+    with pytest.raises(ResultError, match=r"outcome\.json is not JSON"):
+        read_all([folder])
+
+
+def test_a_file_of_any_name_can_be_given(run):
+    folder = run("a")
+    (folder / "results.json").rename(folder / "frozen.json")
+    assert [row.place for row in read_rows([folder / "frozen.json"])] == ["frozen.json"]
+
+
+# ---- groups -----------------------------------------------------------------------------------------------------------
 
 
 def test_runs_under_unlike_conditions_never_share_a_table(run, tmp_path):
@@ -51,12 +94,35 @@ def test_runs_under_unlike_conditions_never_share_a_table(run, tmp_path):
     run("ccc", images_seen=64)
     flags = json.loads(COMMITTED.read_text())["flags"]
     run("dddd", flags=flags | {"guidance": 7.5})
+    run("eeeee", precision="bf16-mixed", device="NVIDIA H200")
     grouped = groups(read_rows([tmp_path / "runs"]))
-    assert [sorted(r.folder.name for r in rows) for _, rows in grouped] == [["a", "bb"], ["ccc"], ["dddd"]]
-    text = markdown(grouped)
-    assert text.count("## embedded:sd3_tiny, canny") == 3
+    assert [sorted(r.folder.name for r in g.rows) for g in grouped] == [["a", "bb"], ["ccc"], ["dddd"], ["eeeee"]]
+    assert len({g.slug for g in grouped}) == 4
+    text = "\n".join(part for g in grouped for part in score_section(g))
+    assert text.count("## embedded:sd3_tiny, canny") == 4
     assert "64 images in batches of 32" in text
-    assert "guidance 7.5" in text
+    assert "Not in the table of embedded:sd3_tiny, canny: images seen 64 instead of 32,000." in text
+    assert "guidance 7.5 instead of 3.0." in text
+    assert "precision bf16-mixed instead of 32-true; device NVIDIA H200 instead of cpu." in text
+    with pytest.raises(UserError, match=r"runs/ccc differs from runs/a: images seen 64 instead of 32,000; give runs"):
+        refuse_unlike(grouped)
+    refuse_unlike(grouped[:1])
+
+
+def test_cells_share_a_table_across_checkpointing_and_with_the_backbone_alone(cell, tmp_path):
+    cell("a", flags={"optimizer": "torch.optim.AdamW"})
+    cell("b", flags={"optimizer": "torch.optim.AdamW", "checkpointing": "both"}, adapter="controlnet")
+    cell("c", flags={"optimizer": "torch.optim.AdamW", "compile": "all"})
+    cell("d", adapter="none", trainable_m=0)
+    cell("e", **estimate(), flags={"optimizer": "torch.optim.AdamW"})
+    grouped = cost_groups(read_all([tmp_path / "runs"]).costs)
+    assert [[r.place[5:] for r in g.rows] for g in grouped] == [["d", "a", "b"], ["c"], ["e"]]
+    assert [r.label for r in grouped[0].rows] == ["backbone alone", "unicon", "controlnet, checkpointing both"]
+    assert "compile all instead of none" in grouped[1].apart
+    assert "mode estimate instead of measure" in grouped[2].apart
+
+
+# ---- tables -----------------------------------------------------------------------------------------------------------
 
 
 def test_differences_are_paired_over_images(run, tmp_path):
@@ -65,24 +131,30 @@ def test_differences_are_paired_over_images(run, tmp_path):
     run("a", easy)
     run("bb", easy + 0.01 + rng.normal(0, 0.002, 50), adapter="unicon_half")
     rows = read_rows([tmp_path / "runs"])
-    table = paired_table(rows)
     gap = rows[1].scores["canny_f1"] - rows[0].scores["canny_f1"]
     low, high = bootstrap_ci(gap)
-    assert f"| unicon_half, seed 0 | {gap.mean():+.3f} [{low:+.3f}, {high:+.3f}] |" in table
+    table = paired_table(rows)
+    assert f"| unicon_half, seed 0 | {gap.mean():+.3f} [{low:+.3f}, {high:+.3f}] |" in markdown_table(table)
     assert low > 0.005
+    proof = table.rows[0][1]
+    assert (proof.runs, proof.n, proof.interval) == (("runs/bb", "runs/a"), 50, (low, high))
 
 
 def test_scores_of_other_images_are_not_paired(run, tmp_path):
     run("a", [0.1, 0.2])
     run("bb", [0.1, 0.2], ids=["x", "y"], adapter="unicon_half")
-    assert paired_table(read_rows([tmp_path / "runs"])) == ""
+    assert paired_table(read_rows([tmp_path / "runs"])) is None
 
 
-def test_a_copy_of_a_run_is_counted_once(run, tmp_path):
+def test_every_number_knows_its_run_n_and_interval(run, tmp_path):
     run("a")
-    run("b", [0.1, 0.2])
-    rows = read_rows([tmp_path / "runs", tmp_path / "runs" / "a"])
-    assert [row.folder.name for row in rows] == ["b"]
+    (group,) = groups(read_rows([tmp_path / "runs"]))
+    table = score_table(group)
+    cell = table.rows[0][table.columns.index("canny_f1 \u2191")]
+    m = group.rows[0].result.metrics["canny_f1"]
+    assert (cell.value, cell.n, cell.interval, cell.runs) == (m["value"], 256, tuple(m["ci95"]), ("runs/a",))
+    assert cell.text == "0.656 [0.633, 0.679]"
+    assert "minus the no-control arm" in table.columns
 
 
 def test_csv_holds_every_metric_of_every_run(run, tmp_path):
@@ -93,25 +165,251 @@ def test_csv_holds_every_metric_of_every_run(run, tmp_path):
     assert f"canny_f1,{rows[0].result.metrics['canny_f1']['value']}" in lines[1]
 
 
-def test_a_grid_shows_the_same_scenes_through_every_run(run, tmp_path):
+def test_costs_as_tables(cell, tmp_path):
+    nothing = dict.fromkeys(
+        ("peak_mem_gib", "peak_when", "memory_gib", "saved_gib", "phases_gib", "flops", "step_time_ms", "img_per_s", "mfu")
+    )
+    cell("a")
+    cell("b", **nothing, status="oom", adapter="controlnet")
+    cell("c", **estimate())
+    found = read_all([tmp_path / "runs"])
+    measured, estimated = cost_groups(found.costs)
+    memory, time = markdown_table(memory_table(measured)), markdown_table(time_table(measured))
+    assert "| unicon | 3.6 | 8.750 | 0.500 | 0.750 | 1.000 | 1.250 | 1.500 | 1.750 | 2.000 | backward |" in memory
+    assert "| controlnet | 3.6 | out of memory |" in memory
+    assert "| 10.00 [9.00, 11.00] |" in time
+    assert "| 100.00 | 25.0 % |" in time
+    assert "| \u2265 5.00 |" in markdown_table(time_table(estimated))
+    told = markdown_table(predicted_table(found.costs))
+    assert "| 8.500 | 8.750 | -2.9 % |" in told
+    assert "| 8.500 | out of memory |" in told
+    lines = cost_csv(found.costs).splitlines()
+    assert sum(",peak_mem_gib," in line for line in lines) == 3
+    assert any("step_time_ms.total,5.0,,,,ms,True" in line for line in lines)
+
+
+def test_seeds_are_averaged_with_students_interval(run, tmp_path):
+    values = {"a": 0.60, "bb": 0.66, "ccc": 0.63}
+    for seed, (name, value) in enumerate(values.items()):
+        metrics = {
+            "canny_f1": {"value": value, "n": 256, "unit": "fraction", "better": "higher", "ci95": [value - 0.02, value + 0.02]}
+        }
+        run(name, seed=seed, metrics=metrics)
+        run(f"half-{name}", seed=seed, metrics=metrics, adapter="unicon_half")
+    rows = read_rows([tmp_path / "runs"])
+    half = 4.303 * 0.03 / np.sqrt(3)  # t with 2 degrees of freedom; the standard deviation of the three is 0.03
+    mean, (low, high) = over_seeds(list(values.values()))
+    assert (mean, low, high) == pytest.approx((0.63, 0.63 - half, 0.63 + half))
+    table = markdown_table(seed_table(rows))
+    assert f"| unicon | 3 | 0.630 [{low:.3f}, {high:.3f}] | 0.600 to 0.660 |" in table
+    assert "| unicon_half | 3 |" in table
+    assert "+0.000 [+0.000, +0.000] |" in table  # the same scores at the same seeds
+    assert seed_table(rows[:1]) is None
+    assert over_seeds([0.5]) == (0.5, None)
+
+
+def test_forms_of_one_adapter_are_told_apart(run, tmp_path):
+    def config(seed, **adapter):
+        return {"seed": seed, "adapter": {"name": "unicon", **adapter}, "hardware": {"threads": seed}, "output_dir": f"o{seed}"}
+
+    for seed in (0, 1):
+        run(f"a{seed}", seed=seed, config_sha="a", config=config(seed, copy="full", flow="unidirectional"))
+        run(f"b{seed}", seed=seed, config_sha="b", config=config(seed, copy="decoder", flow="unidirectional"))
+    names = [row.name for row in named(read_rows([tmp_path / "runs"]))]
+    assert names == ["unicon copy=full", "unicon copy=full", "unicon copy=decoder", "unicon copy=decoder"]
+
+
+def test_forms_without_a_configuration_go_by_their_experiment(run, tmp_path):
+    run("a", experiment="first")
+    run("bb", experiment="second")
+    run("ccc", adapter="unicon_half")
+    assert [row.name for row in named(read_rows([tmp_path / "runs"]))] == ["unicon (first)", "unicon (second)", "unicon_half"]
+
+
+# ---- pictures and charts ----------------------------------------------------------------------------------------------
+
+
+def test_a_sheet_shows_the_same_scenes_through_every_run(run, tmp_path):
     cells(run("a"), seed=1, controlled=2)
     cells(run("bb", adapter="unicon_half"), seed=1, controlled=3)
     rows = read_rows([tmp_path / "runs"])
-    ((conditions, members),) = groups(rows)
-    file = plot_side_by_side(conditions, members, tmp_path)
-    assert file.name == "grid-sd3_tiny-canny.png"
-    sheet = np.asarray(Image.open(file))
-    shown = np.asarray(Image.open(rows[1].folder / "grids" / "cells-000032000" / "1-3.png")).repeat(2, 0).repeat(2, 1)
-    windows = np.lib.stride_tricks.sliding_window_view(sheet, shown.shape)[..., 0, :, :, :]
-    assert (windows == shown).all((-3, -2, -1)).any()
+    (sheet,) = sheets(rows)
+    assert sheet.columns == ["source", "condition", "no control", "unicon, seed 0", "unicon_half, seed 0"]
+    shown = np.asarray(Image.open(rows[1].folder / "grids" / "cells-000032000" / "1-3.png"))
+    assert np.array_equal(sheet.cells[1][4], shown)
+    drawn = np.asarray(Image.open(sheet.save(tmp_path / "sheet.png")))
+    windows = np.lib.stride_tricks.sliding_window_view(drawn, (16, 16, 3))[..., 0, :, :, :]
+    assert (windows == shown.repeat(2, 0).repeat(2, 1)).all((-3, -2, -1)).any()
 
 
-def test_runs_that_drew_other_scenes_are_refused(run, tmp_path):
+def test_runs_that_drew_other_scenes_get_a_sheet_of_their_own(run, tmp_path):
     cells(run("a"), seed=1, controlled=2)
     cells(run("bb", adapter="unicon_half"), seed=9, controlled=3)
-    ((conditions, members),) = groups(read_rows([tmp_path / "runs"]))
-    with pytest.raises(UserError, match="different scenes or backbones in row 0"):
-        plot_side_by_side(conditions, members, tmp_path)
+    found = sheets(read_rows([tmp_path / "runs"]))
+    assert [[row.place for row in sheet.runs] for sheet in found] == [["runs/a"], ["runs/bb"]]
+    assert found[0].columns[-2:] == ["wrong condition", "its output"]
+
+
+def test_evaluations_share_a_table_by_their_manifest_and_show_their_pictures(run, tmp_path):
+    rng = np.random.default_rng(0)
+    for folder in (tmp_path / "runs" / "set", run("a"), run("b")):
+        for arm in ("image", "condition") if folder.name == "set" else ("right", "no_condition", "wrong_condition"):
+            (folder / arm).mkdir(parents=True)
+            for scene in range(8):
+                picture = np.random.default_rng(scene) if arm == "no_condition" else rng
+                Image.fromarray(picture.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(folder / arm / f"{scene:05d}.png")
+    few = {"fid_scenes": {"value": 40.0, "n": 8, "unit": "", "better": "lower", "ci95": [30.0, 50.0], "small_n": True}}
+    evaluation(tmp_path / "runs" / "a", images_seen=9600)
+    evaluation(tmp_path / "runs" / "b", adapter="unicon_half", seed=None, images_seen=None, config_sha=None)
+    found = read_all([tmp_path / "runs"])
+    (group,) = groups(found.evaluated)
+    assert [row.label for row in group.rows] == ["unicon, seed 0", "unicon_half"]
+    assert "| 9,600 |" in markdown_table(score_table(group))
+    (sheet,) = sheets(group.rows)
+    assert np.array_equal(sheet.cells[2][4], np.asarray(Image.open(tmp_path / "runs" / "b" / "right" / "00002.png")))
+    (alone,) = sheets(group.rows[:1])
+    other = np.asarray(Image.open(tmp_path / "runs" / "set" / "condition" / "00006.png"))  # half the set away from row 2
+    assert np.array_equal(alone.cells[2][alone.columns.index("wrong condition")], other)
+    evaluation(tmp_path / "runs" / "b", manifest="f00d" * 4, metrics=few)
+    one, two = groups(read_all([tmp_path / "runs"]).evaluated)
+    assert "manifest f00df00df00df00d instead of cafecafecafecafe" in two.apart
+    assert "| 40.00 (small n) [30.00, 50.00] |" in markdown_table(score_table(two))
+    assert any("n = 8 images" in line for line in abstract.limits(Found([], two.rows, []), [], [two]))
+
+
+def test_a_sheet_is_read_back_exactly(tmp_path):
+    rng = np.random.default_rng(0)
+    pictures = [[rng.integers(0, 256, (64, 64, 3), dtype=np.uint8) for _ in GRID_COLUMNS] for _ in range(3)]
+    plot_grid(pictures, GRID_COLUMNS, tmp_path / "grid.png", row_titles=["a small ball"] * 3)
+    assert np.array_equal(read_grid(tmp_path / "grid.png", GRID_COLUMNS), pictures)
+    assert read_grid(tmp_path / "grid.png", GRID_COLUMNS[:5]) is None
+    plot_grid(pictures, GRID_COLUMNS, tmp_path / "bare.png")
+    assert read_grid(tmp_path / "bare.png", GRID_COLUMNS) is None
+    with Image.open(tmp_path / "grid.png") as image:
+        image.rotate(0.5).save(tmp_path / "turned.png")
+    assert read_grid(tmp_path / "turned.png", GRID_COLUMNS) is None
+
+
+def test_a_committed_experiment_shows_its_pictures():
+    (sheet,) = sheets(read_rows([COMMITTED.parent]))
+    assert (len(sheet.cells), len(sheet.cells[0]), sheet.cells[0][0].shape) == (6, 6, (64, 64, 3))
+    assert sheet.ids[0] == "scene-1-0"
+
+
+def test_curves_count_seconds_of_training_alone(run, tmp_path):
+    folder = run("a", config={"validation": {"images": 32}})
+    rows = [{"images_seen": i, "time_s": 9 * i, "train/seconds": i / 100} for i in (100, 200, 300, 400)]
+    rows += [{"images_seen": i, "time_s": 9 * i, "val/canny_f1": i / 1000} for i in (200, 350)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (group,) = groups(read_rows([folder]))
+    images, seconds = curve_charts(group)
+    assert [(p.x, p.y) for p in images.series[0].points] == [(200, 0.2), (350, 0.35)]
+    assert [(p.x, p.y) for p in seconds.series[0].points] == [(2.0, 0.2), (3.5, 0.35)]
+    assert "on 32 held-out images, the last point on n = 256" in images.note
+
+
+def test_a_benchmark_is_joined_to_runs_of_the_same_adapter_alone(run, cell, tmp_path):
+    run("a", config={"adapter": {"name": "unicon", "copy": "full"}})
+    run("bb", adapter="unicon_half")
+    cell("b-unicon")
+    cell("b-half", adapter="unicon_half", peak_mem_gib=8.75)
+    cell("b-other", adapter="unicon_half", resolution=512)
+    found = read_all([tmp_path / "runs"])
+    (group,) = groups(found.trained)
+    group.rows = named(group.rows)
+    charts = {chart.x: chart for chart in score_charts(group, found.costs)}
+    memory = charts["peak memory, GiB"]
+    assert [(s.name, s.points[0].x) for s in memory.series] == [("unicon", 8.75), ("unicon_half", 8.75)]
+    assert "measured, batch 4, 32-true, cpu, checkpointing none" in memory.note
+    run("ccc", config={"adapter": {"name": "unicon", "copy": "decoder"}})
+    (group,) = groups(read_rows([tmp_path / "runs" / name for name in ("a", "bb", "ccc")]))
+    group.rows = named(group.rows)
+    assert "peak memory, GiB" not in {c.x for c in score_charts(group, found.costs)}  # one method is no comparison
+
+
+def test_stacks_add_up(cell, tmp_path):
+    cell("a")
+    (group,) = cost_groups(read_all([tmp_path / "runs"]).costs)
+    memory, operations, time = stacks(group)
+    assert memory.bars[0].total == pytest.approx(group.rows[0].result.peak_mem_gib)
+    assert operations.bars[0].total == pytest.approx(10)
+    assert (time.bars[0].total, time.bars[0].low, time.bars[0].high) == (60, 36, 44)
+    (point,) = predicted_chart(group.rows).series[0].points
+    assert (point.x, point.y) == (8.5, 8.75)
+
+
+def test_figures_are_the_same_bytes_twice(tmp_path):
+    chart = Chart("score", "GiB", "f1", (Series("a", (Point(1, 2, 1, 3),), 0), Series("b", (Point(2, 3),), 1)))
+    stack = Stack("memory", "GiB", (Bar("a", (("weights", 1.0), ("activations", 2.0)), 2.5, 3.5),), ("weights", "activations"))
+    for number in "12":
+        draw_charts([chart], tmp_path / f"chart{number}")
+        draw_stacks([stack], tmp_path / f"stack{number}", "cost")
+    for name in ("chart", "stack"):
+        for ending in ("png", "svg"):
+            first, second = ((tmp_path / f"{name}{number}.{ending}").read_bytes() for number in "12")
+            assert first == second
+            assert len(first) > 5000
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (0.38, 3.45), (826, 32000), (-0.004, 0.003), (0.8301, 0.8302)])
+@pytest.mark.parametrize("most", [3, 4, 7])
+def test_ticks_are_round_few_and_inside(low, high, most):
+    found = ticks(low, high, most)
+    assert 1 <= len(found) <= most
+    assert len(found) >= 2 or most == 3
+    assert all(low - 1e-9 <= tick <= high + 1e-9 for tick in found)
+
+
+# ---- the abstract -----------------------------------------------------------------------------------------------------
+
+
+def test_the_abstract_says_who_leads_and_whether_that_is_certain(run, tmp_path):
+    rng = np.random.default_rng(0)
+    easy = rng.uniform(0, 1, 200)
+    for name, gap, noise, adapter in (("a", 0, 0, "unicon"), ("bb", 0.02, 0.3, "near"), ("ccc", 0.1, 0.01, "far")):
+        scores = easy + gap + rng.normal(0, noise, 200)
+        value = {"n": 200, "unit": "rmse", "better": "lower", "ci95": None, "value": float(scores.mean())}
+        run(name, scores, adapter=adapter, metrics={"canny_f1": value})
+    (group,) = groups(read_rows([tmp_path / "runs"]))
+    said = abstract.leader(group)
+    assert "unicon, seed 0 has the best canny_f1" in said
+    assert "ahead of far, seed 0 (-0.1" in said
+    assert "cannot be told apart from near, seed 0" in said
+    limits = abstract.limits(Found(group.rows, [], []), [group], [])
+    assert any(line.startswith("Differences are judged one by one") for line in limits)
+
+
+def test_the_abstract_says_what_cannot_be_concluded(run, cell, tmp_path):
+    few = json.loads(COMMITTED.read_text())["metrics"]["canny_f1"] | {"n": 32}
+    run("a", metrics={"canny_f1": few}, git_dirty=True)
+    run("b", metrics={"canny_f1": few}, adapter="unicon_half", trainable_m=1.7, command="another")  # at the same time as a
+    cell("cost", **estimate())
+    found = read_all([tmp_path / "runs"])
+    said = " ".join(abstract.limits(found, groups(found.trained), []))
+    for words in (
+        "Every method was trained with one seed.",
+        "2 runs stood on n = 32 images: only large differences show.",
+        "(1.70 to 3.61 million)",
+        "sd3_tiny: small networks",
+        "2 of 2 runs overlapped in time",
+        "Estimated costs were computed, not seen",
+        "1 row came from code with uncommitted changes",
+    ):
+        assert words in said
+    assert "FID" not in said
+
+
+def test_nothing_is_said_that_the_rows_do_not_hold(run, tmp_path):
+    whole = json.loads(COMMITTED.read_text())
+    backbone = whole["backbone"] | {"id": "stabilityai/stable-diffusion-3-medium-diffusers"}
+    for seed in range(3):
+        run(f"a{'b' * seed}", seed=seed, backbone=backbone)
+    found = read_all([tmp_path / "runs"])
+    said = abstract.limits(Found(found.trained, [], []), groups(found.trained), [])
+    assert said == ["Seconds and images per second are as the runs took them; what else ran on the machine is not recorded."]
+
+
+# ---- the entry and the dashboard --------------------------------------------------------------------------------------
 
 
 def test_the_command_reads_the_committed_experiments(tmp_path):
@@ -119,8 +417,64 @@ def test_the_command_reads_the_committed_experiments(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "## embedded:sd3_tiny, canny" in (tmp_path / "table.md").read_text()
     assert (tmp_path / "table.csv").read_text().startswith("experiment,adapter,backbone")
+    assert (tmp_path / "report.html").stat().st_size < 3e6
+    assert (tmp_path / "score-sd3_tiny-canny.svg").is_file()
+    assert (tmp_path / "grid-sd3_tiny-canny.png").is_file()
 
 
-def test_a_folder_without_results_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"no results\.json below it; give folders"):
-        read_rows([tmp_path])
+def test_one_table_of_unlike_rows_is_refused_before_anything_is_written(run, tmp_path):
+    run("a")
+    run("bb", images_seen=64)
+    with pytest.raises(UserError, match="images seen 64 instead of 32,000"):
+        write_report([tmp_path / "runs"], tmp_path / "out", one_table=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_and_refusals_load_nothing_heavy():
+    heavy = ("pytorch_lightning", "diffusers", "transformers", "matplotlib", "wandb", "jinja2.environment")
+    code = f"import src.report.__main__, sys; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_dashboard_is_plain_data_over_keys_that_runs_log(tmp_path, capsys):
+    cfg = load("report_wandb", [f"out={tmp_path}", f"runs=[{COMMITTED.parent}]"])
+    made = json.loads(define(cfg).read_text())
+    assert "wandb login, then python -m src.report wandb project=controlbench push=true" in capsys.readouterr().out
+    panels = [panel for section in made["sections"] for panel in section["panels"]]
+    assert {panel["kind"] for panel in panels} == {"line", "scatter", "bar", "media"}
+    logged = (ROOT / "src" / "callbacks" / "meter.py").read_text() + (ROOT / "src" / "callbacks" / "control.py").read_text()
+    keys = {key for panel in panels for key in panel["y"] if isinstance(panel["y"], list)}
+    assert {key for key in keys if key.startswith("val/canny_f1")} >= {"val/canny_f1", "val/canny_f1/wrong_condition"}
+    assert all(f'"{key}"' in logged for key in keys if not key.startswith("val/canny_f1"))
+
+
+def test_the_dashboard_knows_every_task():
+    found = control_scores([])
+    assert found.keys() == {file.stem for file in (ROOT / "conf" / "task").glob("*.yaml")}
+    assert found["canny"] == "canny_f1"
+
+
+def test_the_definition_becomes_a_workspace():
+    pytest.importorskip("wandb_workspaces", reason="the extra `dashboards` is not installed")
+    made = definition("ControlBench", "controlbench", "somebody", {"canny": "canny_f1"})
+    space = workspace(made)
+    assert [section.name for section in space.sections] == [section["name"] for section in made["sections"]]
+    lines = [panel for section in space.sections for panel in section.panels if hasattr(panel, "x")]
+    assert {str(panel.x) for panel in lines} >= {"images_seen", "RelativeTime(Process)"}
+
+
+def test_pushing_without_a_key_is_refused(tmp_path, monkeypatch):
+    pytest.importorskip("wandb_workspaces", reason="the extra `dashboards` is not installed")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    with pytest.raises(UserError, match="push=true: no key for"):
+        push(load("report_wandb", [f"out={tmp_path}", "push=true"]))
+    assert not (tmp_path / "dashboard.json").exists()
+
+
+def test_a_misspelt_verb_is_refused(capsys):
+    with pytest.raises(SystemExit) as refused:
+        entry(["wandbb"])
+    assert refused.value.code == 2
+    assert "wandbb is no verb of src.report; did you mean wandb?" in capsys.readouterr().err

@@ -21,10 +21,14 @@ from src.results import (
     environment,
     git_state,
     hide_secrets,
+    kind_of,
+    read_cost,
     read_results,
     read_rows,
+    write_cost,
     write_results,
 )
+from src.results.cost import FLAGS, FLOPS, MEMORY, PHASES
 from src.types import UserError
 
 DELETED = object()
@@ -63,9 +67,44 @@ def fields() -> dict:
     }
 
 
-def changed(path: str, value) -> dict:
+def cost_fields(mode: str = "measure") -> dict:
+    """A cost as it should be."""
+    memory = {name: float(n) for n, name in enumerate(MEMORY)}
+    spread = {"median": 2.0, "quartiles": [1.5, 2.5], "n": 20}
+    times = dict.fromkeys(PHASES, spread) if mode == "measure" else dict.fromkeys(PHASES, 1.0) | {"bound": True}
+    nothing = ("device_memory_gib", "arithmetic_ms", "mfu", "latency_ms", "sampling", "rates", "predicted")
+    flags = dict.fromkeys(FLAGS, "none") | {"precision": "bf16-mixed", "micro_batch": 8}
+    same = ("trainable_m", "frozen_m", "trainable_parts_m", "seed", "git_sha", "versions", "date", "resolution")
+    return {
+        **{name: value for name, value in fields().items() if name in same},
+        **dict.fromkeys(nothing),
+        "kind": "cost",
+        "mode": mode,
+        "what": "training",
+        "status": "done",
+        "adapter": "unicon",
+        "adapter_options": {"copy": "full", "blocks": None},
+        "backbone": {"name": "sd3_medium", "id": "random:sd3_medium", "revision": "random"},
+        "hardware": "h200",
+        "device": "NVIDIA H200",
+        "batch": 8,
+        "precision": "bf16-mixed",
+        "peak_mem_gib": sum(memory.values()),
+        "peak_when": "forward",
+        "memory_gib": memory,
+        "saved_gib": 3.0,
+        "phases_gib": {"forward": 21.0},
+        "flops": dict.fromkeys((*FLOPS, "recomputed", "condition"), 10),
+        "step_time_ms": times,
+        "img_per_s": 4.0,
+        "flags": flags,
+        "command": "python -m src.bench",
+    }
+
+
+def changed(path: str, value, make=fields) -> dict:
     """The good result with one field set, or deleted where value is DELETED."""
-    result = place = fields()
+    result = place = make()
     *outer, last = path.split(".")
     for name in outer:
         place = place[name]
@@ -133,6 +172,81 @@ def test_refusals_name_the_field(tmp_path, field, value, said):
     path.write_text(json.dumps(changed(field, value)))
     with pytest.raises(ResultError, match=r"results\.json"):
         read_results(path)
+
+
+@pytest.mark.parametrize("mode", ["measure", "estimate"])
+def test_costs_are_written_and_read(tmp_path, mode):
+    path = tmp_path / "results.json"
+    write_cost(path, cost_fields(mode))
+    row = read_cost(path)
+    assert row.memory_gib["activations"] == 5.0
+    assert kind_of(path) == "cost"
+    write_cost(path, row)
+    assert read_cost(path) == row
+    with pytest.raises(ResultError, match=r"results\.json: kind is 'cost', wanted one of train"):
+        read_results(path)
+    write_results(path, fields())
+    assert kind_of(path) == "train"
+    with pytest.raises(ResultError, match="kind is 'train', wanted one of cost"):
+        read_cost(path)
+
+
+def test_a_result_from_before_there_were_kinds_is_a_training(tmp_path):
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(fields()))
+    assert "kind" not in fields()
+    assert kind_of(path) == read_results(path).kind == "train"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        *[(f"flags.{name}", DELETED, f"flags.{name} is missing: a cost without its conditions") for name in FLAGS],
+        ("flags", {}, "flags is empty"),
+        ("flags.precision", "32-true", "flags.precision is '32-true', and the row says 'bf16-mixed'"),
+        ("flags.micro_batch", 4, "flags.micro_batch is 4, and the row says 8"),
+        ("mode", "guess", "mode is 'guess', wanted one of estimate, measure"),
+        ("what", "both", "what is 'both'"),
+        ("status", "failed", "status is 'failed', wanted one of done, oom"),
+        ("status", "oom", "status is oom: nothing was measured"),
+        ("device", "", "device is ''"),
+        ("batch", 0, "batch is 0"),
+        ("backbone.id", DELETED, "backbone.id is missing"),
+        ("peak_mem_gib", None, "peak_mem_gib is None"),
+        ("peak_mem_gib", 5.0, "memory_gib adds up to 21.0, and peak_mem_gib is 5.0"),
+        ("peak_when", "later", "peak_when is 'later'"),
+        ("memory_gib.ema", DELETED, "memory_gib.ema is missing"),
+        ("memory_gib.ema", -1.0, "memory_gib.ema is -1.0"),
+        ("flops.backward", DELETED, "flops.backward is missing"),
+        ("flops.backward", math.nan, "flops.backward is nan"),
+        ("step_time_ms", None, "step_time_ms is missing: a measurement has times"),
+        ("step_time_ms.bound", True, "step_time_ms.bound is True, and mode is measure"),
+        ("step_time_ms.total", DELETED, "step_time_ms.total is missing"),
+        ("step_time_ms.total", 2.0, "a measured time carries its spread"),
+        ("step_time_ms.total", {"median": 2.0, "quartiles": [1.0, 3.0]}, "a measured time carries its spread"),
+        ("step_time_ms.total", {"median": 4.0, "quartiles": [1.0, 3.0], "n": 3}, "outside of its quartiles"),
+        ("sampling", {"steps": 20}, "sampling is {'steps': 20}, and what is training"),
+        ("what", "inference", "sampling is None, and what is inference"),
+        ("mfu", math.inf, "mfu is inf"),
+        ("colour", "red", "colour is not a field"),
+    ],
+)
+def test_refusals_of_costs_name_the_field(tmp_path, field, value, said):
+    path, bad = tmp_path / "results.json", changed(field, value, cost_fields)
+    with pytest.raises(UserError) as error:
+        write_cost(path, bad)
+    assert said in str(error.value)
+    assert not path.exists()
+    path.write_text(json.dumps(bad))
+    with pytest.raises(ResultError, match=r"results\.json"):
+        read_cost(path)
+
+
+def test_a_cell_that_ran_out_of_memory_has_no_numbers(tmp_path):
+    found = ("peak_mem_gib", "peak_when", "memory_gib", "saved_gib", "phases_gib", "flops", "step_time_ms", "img_per_s")
+    row = cost_fields() | dict.fromkeys(found) | {"status": "oom", "predicted": {"peak_mem_gib": 150.0}}
+    write_cost(tmp_path / "results.json", row)
+    assert read_cost(tmp_path / "results.json").predicted == {"peak_mem_gib": 150.0}
 
 
 def test_write_is_atomic(tmp_path, monkeypatch):

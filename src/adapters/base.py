@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from src.adapters.frozen import FrozenPass, Reads, Walk
+from src.adapters.passes import Passes
 from src.backbones.base import Backbone
 from src.objectives import Objective
 from src.types import BackboneFacts, Batch, Checkpointing, ConditionSpace, Features, TextCond, UserError
@@ -83,6 +85,7 @@ class ControlAdapter(pl.LightningModule):
         self.objective, self.recipe, self.name, self.condition_space = objective, optimizer, name, condition_space
         self.checkpointing = checkpointing
         self.unreached: tuple[str, ...] = ()
+        self.passes: Passes | None = None  # who makes the frozen pass of a training step, if not the adapter itself
 
     @classmethod
     def refusal(cls, facts: BackboneFacts, **options: Any) -> str | None:
@@ -125,6 +128,28 @@ class ControlAdapter(pl.LightningModule):
                 return backbone.predict(x_BCHW, t_B, text)
         return self.controlled(backbone, x_BCHW, t_B, text, features, scale)
 
+    def reads(self) -> Reads | None:
+        """What the method reads of a frozen pass that it has no part in; None if it writes into the frozen stream.
+
+        A method that gives something takes `frozen: FrozenPass | None` as the last argument of `controlled`.
+        """
+        return None
+
+    def frozen_pass(self, batch: Batch, reads: Reads | None = None) -> FrozenPass:
+        """The frozen network's pass of a training batch, as far as this adapter reads it, or `reads` (others with it) says.
+        What the batch brings along of it is not computed again.
+
+        Raises ValueError for a method that writes into the backbone.
+        """
+        reads = reads or self.reads()
+        if reads is None:
+            raise ValueError(f"{self.name} writes into the backbone: there is no pass without it")
+        x_t, _, t_B = self.noised(batch)
+        kept = getattr(batch, "states", None)  # see `src.data.feature_cache.StreamBatch`
+        if kept is None:
+            return FrozenPass.run(self.backbone, x_t, t_B, batch.text, reads)
+        return FrozenPass.of(Walk(self.backbone, x_t, t_B, batch.text).at(0), kept, reads)
+
     @abstractmethod
     def parts(self) -> dict[str, nn.Module]:
         """The trainable modules by role (copies, connectors, stem, head); together they are all of the adapter."""
@@ -149,16 +174,26 @@ class ControlAdapter(pl.LightningModule):
         for name in self.unreached:
             self.get_parameter(name).requires_grad_(False)
 
-    def losses(self, batch: Batch) -> Tensor:
-        """(B,) loss per image at the noise and t that the batch carries."""
+    def noised(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """-> x_t and the target, (B, C, H, W), and t, (B,), at the noise and level that the batch carries."""
         t_B = self.objective.sample_t(batch.uniform_B)
-        x_t, target = self.objective.corrupt(batch.latents_BCHW, batch.noise_BCHW, t_B)
-        prediction = self.predict(self.backbone, x_t, t_B, batch.text, self.encode_condition(batch.condition))
+        return *self.objective.corrupt(batch.latents_BCHW, batch.noise_BCHW, t_B), t_B
+
+    def losses(self, batch: Batch, frozen: FrozenPass | None = None) -> Tensor:
+        """(B,) loss per image at the noise and t that the batch carries. frozen: the batch's pass, if it was made before."""
+        x_t, target, t_B = self.noised(batch)
+        features = self.encode_condition(batch.condition)
+        if frozen is None:
+            prediction = self.predict(self.backbone, x_t, t_B, batch.text, features)
+        else:
+            prediction = self.controlled(self.backbone, x_t, t_B, batch.text, features, 1.0, frozen)
         return self.objective.loss(prediction, target, t_B)
 
     def training_step(self, batch: Batch, _batch_idx: int) -> Tensor:
-        loss = self.losses(batch).mean()
+        loss = self.losses(batch, self.passes.take(batch) if self.passes else None).mean()
         self.last_loss = loss.detach()
+        if self.passes:
+            self.passes.ahead(batch)
         return loss
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
@@ -195,7 +230,7 @@ class ControlAdapter(pl.LightningModule):
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
         limit = self.recipe.clip_norm or float("inf")
-        self.last_grad_norm = float(nn.utils.clip_grad_norm_(self.parameters(), limit))
+        self.last_grad_norm = nn.utils.clip_grad_norm_(self.parameters(), limit)  # a tensor: a number would wait for the device
 
 
 def unreached(adapter: ControlAdapter, batch: Batch) -> list[str]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from src.adapters.base import ControlAdapter, OptimizerRecipe
+from src.adapters.frozen import FrozenPass, Reads, Walk
 from src.adapters.parts import CONNECTORS, ConditionStem, Copy, Pyramid, ZeroMLP, attend, copied_steps
 from src.backbones.base import Backbone
 from src.objectives import Objective
@@ -128,25 +129,38 @@ class UniCon(ControlAdapter):
         maps = self.stem["pyramid"](c)
         return (maps[-1], *maps)
 
+    def reads(self) -> Reads | None:
+        if not self.one_way:
+            return None
+        facts, first = self.backbone.facts, self.indices[0]
+        passed_on = [k for k in range(first, facts.depth) if k not in self.indices]  # by their difference
+        text = {first, *passed_on, *(k + 1 for k in passed_on)}
+        skips = frozenset([first]) if facts.spatial else frozenset()
+        return Reads(frozenset(range(first, facts.depth + 1)), frozenset(text), skips)
+
     def controlled(
-        self, backbone: Backbone, x_BCHW: Tensor, t_B: Tensor, text: TextCond, features: Features, scale: float
+        self,
+        backbone: Backbone,
+        x_BCHW: Tensor,
+        t_B: Tensor,
+        text: TextCond,
+        features: Features,
+        scale: float,
+        frozen: FrozenPass | None = None,
     ) -> Tensor:
-        with torch.no_grad():
-            state = backbone.begin(x_BCHW, t_B, text)
-            for k in range(self.indices[0]):
-                state = backbone.run(k, state)
+        states = frozen or Walk(backbone, x_BCHW, t_B, text)
+        state = states.at(self.indices[0])
         own = self._enter(state, features)
-        return (self._read if self.one_way else self._write)(backbone, state, own, scale)
+        return self._read(backbone, states, own, scale) if self.one_way else self._write(backbone, state, own, scale)
 
     # ---- unidirectional -------------------------------------------------------------------------------------------------
 
-    def _read(self, backbone: Backbone, frozen: StreamState, own: StreamState, scale: float) -> Tensor:
+    def _read(self, backbone: Backbone, states: FrozenPass | Walk, own: StreamState, scale: float) -> Tensor:
         """The copies follow the frozen stream block by block and make the prediction."""
         chosen = dict(zip(self.indices, range(len(self.indices)), strict=True))
+        frozen = states.at(self.indices[0])
         for k in range(self.indices[0], backbone.facts.depth):
-            before = frozen
-            with torch.no_grad():
-                frozen = backbone.run(k, frozen)
+            before, frozen = frozen, states.at(k + 1)
             if k in chosen:
                 own = self.recompute(self._follow, backbone, k, chosen[k], before, frozen, own)
             else:

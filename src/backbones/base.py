@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from src.backbones.codec import Codec, module_hash
+from src.backbones.quantize import Quantize, quantize_linears
 from src.backbones.source import ModelSource
 from src.objectives import Objective
 from src.types import BackboneFacts, StreamState, TextCond, UserError
@@ -24,7 +25,9 @@ class Backbone(nn.Module, ABC):
     """A frozen network (`net`, absent until `load`), with what is known about it before any weight is read.
 
     name: short name for run folders; source, revision, licence_url: see `ModelSource`;
-    native_resolution: side in pixels that it was trained at; resolution: side in pixels of this run (None: native).
+    native_resolution: side in pixels that it was trained at; resolution: side in pixels of this run (None: native);
+    quantize: precision of the steps' linear layers, see `src.backbones.quantize` (None: that of the rest). Copies are taken
+    from the weights as they were before, which stay in the CPU's memory.
 
     The three heavy parts have lives of their own: the text encoders end when the caption cache is written, the codec
     stays for pictures, the network stays for training.
@@ -45,6 +48,7 @@ class Backbone(nn.Module, ABC):
         revision: str | None = None,
         licence_url: str | None = None,
         resolution: int | None = None,
+        quantize: Quantize | None = None,
     ):
         super().__init__()
         self.name, self.native_resolution = name, native_resolution
@@ -54,6 +58,8 @@ class Backbone(nn.Module, ABC):
         self.check_resolution(resolution or native_resolution)
         self.objective = self._make_objective()
         self.net, self._text = None, None
+        self.quantize, self._unrounded = quantize, ()
+        self.graphs = False  # whether the frozen steps are replayed as CUDA graphs
 
     @abstractmethod
     def _read_facts(self) -> BackboneFacts:
@@ -93,9 +99,21 @@ class Backbone(nn.Module, ABC):
         return twin.attach(nn.Module.to(net, dtype))  # diffusers' own `to` warns about casts that `from_pretrained` does too
 
     def attach(self, net: nn.Module) -> "Backbone":
-        """Use a network that is already in memory; returns self, frozen."""
-        self.net = net
+        """Use a network that is already in memory; returns self, frozen, and quantized if it is to be."""
+        if self.quantize is None:
+            self._adopt(net)
+            self._unrounded = ()
+            return self.freeze()
+        self._adopt(copy.deepcopy(net))
+        quantize_linears(self.steps(), self.quantize)
+        twin = copy.copy(self)
+        twin._modules, twin.quantize = dict(self._modules), None
+        on_meta = next(net.parameters()).is_meta
+        self._unrounded = (twin.attach(net if on_meta else nn.Module.to(net, "cpu")),)  # a tuple hides it from the module tree
         return self.freeze()
+
+    def _adopt(self, net: nn.Module) -> None:
+        self.net = net
 
     def load_codec(self, device: torch.device) -> Codec:
         """Read the autoencoder; always float32, since half precision overflows some of them."""
@@ -126,6 +144,11 @@ class Backbone(nn.Module, ABC):
     def drop_text(self) -> None:
         """Free the text encoders."""
         self._text = None
+
+    def new_pass(self) -> None:
+        """What the frozen steps gave in the pass before may be overwritten from here on, if they are CUDA graphs."""
+        if self.graphs:
+            torch.compiler.cudagraph_mark_step_begin()
 
     @abstractmethod
     def begin(self, x_BCHW: Tensor, t_B: Tensor, text: TextCond, entry: nn.Module | None = None) -> StreamState:
@@ -185,7 +208,7 @@ class Backbone(nn.Module, ABC):
     def copy_steps(self, indices: list[int]) -> nn.ModuleList:
         """Trainable float32 deep copies of steps. Modules are copied, never rebuilt from a configuration: `from_config`
         would write into the backbone's own and get the last block wrong."""
-        return _trainable(nn.ModuleList(self.steps()[i] for i in indices))
+        return _trainable(nn.ModuleList(self._exact().steps()[i] for i in indices))
 
     def embed(self, x_BCHW: Tensor) -> Tensor:
         """Latents -> the frozen network's first features, positions included."""
@@ -193,15 +216,19 @@ class Backbone(nn.Module, ABC):
 
     def copy_entry(self) -> nn.Module:
         """A trainable float32 copy of the entry, for `begin(..., entry)`."""
-        return _trainable(self._entry())
+        return _trainable(self._exact()._entry())
 
     def copy_head(self) -> nn.Module:
         """A trainable float32 copy of the head, for `end(state, head)`."""
-        return _trainable(self._head())
+        return _trainable(self._exact()._head())
 
     def copy_embed(self) -> nn.Module:
         """A trainable float32 copy of the latent embedding."""
-        return _trainable(self._embed())
+        return _trainable(self._exact()._embed())
+
+    def _exact(self) -> "Backbone":
+        """This backbone with its weights as they were read: copies are made of those."""
+        return self._unrounded[0] if self._unrounded else self
 
     def freeze(self) -> "Backbone":
         """No gradient, no dropout, whatever happens to the modules around it. Returns self."""
@@ -223,12 +250,18 @@ class Backbone(nn.Module, ABC):
             raise UserError(f"{key}={side}: the position embedding of {self.facts.source} ends at {largest} pixels a side")
 
     def weight_hash(self) -> str:
-        """16 hex digits over every parameter and buffer of the network: equal before and after training."""
-        return module_hash(self.net)
+        """16 hex digits over every parameter and buffer of the network, and behind them how it is quantized, if it is: equal
+        before and after training."""
+        return module_hash(self.net) + (f"-{self.quantize}" if self.quantize else "")
 
 
 def _trainable(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module).float().requires_grad_(True).train()
+
+
+def constants(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Numbers as a float32 tensor that is made where it is wanted: a copy from the host would make it wait for the device."""
+    return torch.cat([torch.full((1,), float(value), device=device) for value in values])
 
 
 def project_heads(attn: nn.Module, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from src.backbones.base import Backbone, project_heads, unpatchify
+from src.backbones.base import Backbone, constants, project_heads, unpatchify
 from src.objectives import Diffusion, diffusion_of
 from src.text.stock import PixArtText
 from src.types import BackboneFacts, StreamState, TextCond
@@ -61,7 +61,9 @@ class PixArt(Backbone):
         return PixArtText(folder, device, self.text_tokens)
 
     def begin(self, x_BCHW: Tensor, t_B: Tensor, text: TextCond, entry: nn.Module | None = None) -> StreamState:
-        entry = self._entry() if entry is None else entry
+        if entry is None:
+            self.new_pass()
+            entry = self._entry()
         dtype, p = entry["pos_embed"].proj.weight.dtype, self.net.config.patch_size
         x_BTD = entry["pos_embed"](x_BCHW.to(dtype))
         # modulation: what all blocks share; embedded: the same before its projection, for the head
@@ -77,8 +79,8 @@ class PixArt(Backbone):
         if not self.net.use_additional_conditions:
             return {"resolution": None, "aspect_ratio": None}
         h, w = (side * self.facts.factor for side in x_BCHW.shape[-2:])
-        sizes = torch.tensor([[h, w]], dtype=torch.float32, device=x_BCHW.device).expand(len(x_BCHW), 2)
-        ratio = torch.tensor([[h / w]], dtype=torch.float32, device=x_BCHW.device).expand(len(x_BCHW), 1)
+        sizes = constants((h, w), x_BCHW.device).expand(len(x_BCHW), 2)
+        ratio = constants((h / w,), x_BCHW.device).expand(len(x_BCHW), 1)
         return {"resolution": sizes, "aspect_ratio": ratio}
 
     def run(self, step: int | nn.Module, state: StreamState) -> StreamState:

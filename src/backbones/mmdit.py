@@ -58,7 +58,9 @@ class SD3(Backbone):
         return SD3Text(folder, device, self.model.config(self.NET), self.t5_tokens)
 
     def begin(self, x_BCHW: Tensor, t_B: Tensor, text: TextCond, entry: nn.Module | None = None) -> StreamState:
-        entry = self._entry() if entry is None else entry
+        if entry is None:
+            self.new_pass()
+            entry = self._entry()
         dtype = entry["pos_embed"].proj.weight.dtype
         p = self.net.config.patch_size
         x_BTD = entry["pos_embed"](x_BCHW.to(dtype)).contiguous()

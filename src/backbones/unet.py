@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from src.backbones.base import Backbone
+from src.backbones.base import Backbone, constants
 from src.objectives import Diffusion, diffusion_of
 from src.text.stock import SDText, SDXLText
 from src.types import BackboneFacts, StreamState, TextCond, UserError
@@ -96,11 +96,10 @@ class UNet(Backbone):
     def _load_text(self, folder: Path, device: torch.device) -> Callable[[list[str]], TextCond]:
         return (SDText if self.facts.pooled_width is None else SDXLText)(folder, device)
 
-    def attach(self, net: nn.Module) -> "UNet":
-        super().attach(net)
+    def _adopt(self, net: nn.Module) -> None:
+        super()._adopt(net)
         # a tuple hides the steps from the module tree, where every weight would stand twice
         self._steps = (make_steps(net, plan_steps(net.config)),)
-        return self
 
     def steps(self) -> list[UNetStep]:
         return self._steps[0]
@@ -110,7 +109,9 @@ class UNet(Backbone):
         return plan_steps(self.model.config(self.NET))
 
     def begin(self, x_BCHW: Tensor, t_B: Tensor, text: TextCond, entry: nn.Module | None = None) -> StreamState:
-        entry = self._entry() if entry is None else entry
+        if entry is None:
+            self.new_pass()
+            entry = self._entry()
         dtype = entry["conv_in"].weight.dtype
         x_BCHW = x_BCHW.to(dtype)
         time_BD = entry["time_embedding"](self.net.time_proj(self.objective.to_model_time(t_B)).to(dtype))
@@ -122,7 +123,7 @@ class UNet(Backbone):
     def _size_conditions(self, x_BCHW: Tensor, pooled_BP: Tensor) -> Tensor:
         """SDXL's pooled text with original size, crop corner and target size, embedded, behind it."""
         h, w = (side * self.facts.factor for side in x_BCHW.shape[-2:])
-        ids = torch.tensor([h, w, 0, 0, h, w], dtype=torch.float32, device=x_BCHW.device).repeat(len(x_BCHW))
+        ids = constants((h, w, 0, 0, h, w), x_BCHW.device).repeat(len(x_BCHW))
         return torch.cat([pooled_BP.float(), self.net.add_time_proj(ids).reshape(len(x_BCHW), -1)], dim=-1)
 
     def run(self, step: int | nn.Module, state: StreamState) -> StreamState:

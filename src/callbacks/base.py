@@ -11,13 +11,24 @@ from src.types import UserError
 
 
 @dataclass
+class Stop:
+    """Whether an end was asked for; one for all who train together. requested: the signal, or the key, that asked.
+
+    at_step: the number of optimizer steps after which the first of them left, and the others must.
+    """
+
+    requested: str | None = None
+    at_step: int | None = None
+
+
+@dataclass
 class RunContext:
     """One training run as its callbacks see it.
 
     root: the run's own folder; folder: the same, or an arm's below it;
     meta: identity for checkpoints (adapter, backbone, backbone_hash, config_sha); loggers: see `src.loggers`;
     with_condition: False in a no-control arm, which is shown black pictures only;
-    validation: how often and how much; stop_requested: name of the signal that asked for an end, if any.
+    validation: how often and how much; label: what to call it where several train together.
     """
 
     root: Path
@@ -32,7 +43,8 @@ class RunContext:
     ema_decay: float
     meta: dict
     loggers: list
-    stop_requested: str | None = None
+    stop: Stop = field(default_factory=Stop)
+    label: str = ""
     scores: dict = field(default_factory=dict)
 
     def log(self, values: dict[str, float], images_seen: int) -> None:

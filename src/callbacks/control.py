@@ -63,7 +63,7 @@ class ControlValidation(StepCallback):
 
                 def pause() -> None:
                     # leaving early must happen with the trained weights in place, so only a flag is raised here
-                    if self.run.stop_requested is not None:
+                    if self.run.stop.requested is not None:
                         raise InterruptedError
 
                 losses = self._losses(adapter, pause)
@@ -85,7 +85,8 @@ class ControlValidation(StepCallback):
         self.run.log(row, images_seen)
         first = next(iter(self.run.held.task.metrics))
         said = ", ".join(f"{arm or 'right'} {scores[arm][first].mean():.3f}" for arm in scores)
-        print(f"validation at {images_seen} images, n={len(rows)}: loss {losses.mean():.4f} | {first}: {said}", flush=True)
+        who = f"{self.run.label}: " if self.run.label else ""
+        print(f"{who}validation at {images_seen} images, n={len(rows)}: loss {losses.mean():.4f} | {first}: {said}", flush=True)
         if last:
             self.final_scores = flat | {"val_loss": losses}
             if self.run.with_condition:

@@ -4,6 +4,7 @@ import time
 
 import pytorch_lightning as pl
 import torch
+from torch import Tensor
 
 from src.callbacks.base import RunContext, StepCallback, TrainingDiverged
 
@@ -11,61 +12,97 @@ from src.callbacks.base import RunContext, StepCallback, TrainingDiverged
 class ThroughputMeter(StepCallback):
     """Logs train/loss, train/lr, train/grad_norm, train/step_time_ms, train/img_per_s and train/peak_mem_gib.
 
-    every_steps: how often; a row holds the mean loss and the median step time since the last one. Steps that are
-    preceded by a validation or a checkpoint are timed from the end of those. On a CPU the peak is the process's
-    largest resident size; on a GPU the allocator's peak.
+    every_steps: how often; a row holds the mean loss and the median step time since the last one. A step's time is that of
+    its micro-batches, without what lies between them: validations, checkpoints, the turns of others that train together.
+    On a CPU the peak is the process's largest resident size; on a GPU the allocator's peak. Between rows nothing here asks
+    the device for a number: a step that waits for its loss cannot prepare the next one. A loss that is not finite is found
+    at the next row, and before anything is saved.
     """
 
     def __init__(self, every_steps: int, *, run: RunContext):
         super().__init__(run)
         self.every_steps = every_steps
         self.step_times_ms: list[float] = []
-        self._losses: list[float] = []
-        self._began = 0.0
         self.train_seconds = 0.0
+        self._losses: list[tuple[Tensor, list[str]]] = []
+        self._steps: list[list[tuple]] = []  # (began, ended) of each micro-batch, of the steps that are not read yet
+        self._slices: list[tuple] = []  # of the present step
+        self._began = None
 
     def on_train_batch_start(self, trainer: pl.Trainer, adapter: pl.LightningModule, batch, batch_idx: int) -> None:
-        if batch_idx % trainer.accumulate_grad_batches == 0:
-            self._began = time.perf_counter()
+        self._began = _moment(adapter.device)
 
     def on_train_batch_end(self, trainer: pl.Trainer, adapter: pl.LightningModule, outputs, batch, batch_idx: int) -> None:
-        loss = adapter.last_loss
-        if not torch.isfinite(loss):
-            raise TrainingDiverged(
-                f"loss is {float(loss)} at images {batch.ids[:4]}; lower the rate, e.g. optimizer.algorithm.lr"
-            )
-        self._losses.append(float(loss))
+        self._losses.append((adapter.last_loss, batch.ids[:4]))
+        self._slices.append((self._began, _moment(adapter.device)))
         super().on_train_batch_end(trainer, adapter, outputs, batch, batch_idx)
 
     def on_step(self, trainer: pl.Trainer, adapter: pl.LightningModule, images_seen: int) -> None:
-        spent = time.perf_counter() - self._began
-        self.train_seconds += spent
-        self.step_times_ms.append(1000 * spent)
+        self._steps.append(self._slices)
+        self._slices = []
         if trainer.global_step % self.every_steps == 0 or images_seen == self.run.total_images:
+            losses = self._read_losses()
+            self._losses.clear()
+            self._read_times()
             recent = sorted(self.step_times_ms[-self.every_steps :])
             middle = recent[len(recent) // 2]
             row = {
-                "train/loss": sum(self._losses) / len(self._losses),
+                "train/loss": sum(losses) / len(losses),
                 "train/lr": trainer.optimizers[0].param_groups[0]["lr"],
-                "train/grad_norm": adapter.last_grad_norm,
+                "train/grad_norm": float(adapter.last_grad_norm),
                 "train/step_time_ms": middle,
                 "train/img_per_s": 1000 * self.run.effective_batch / middle,
                 "train/peak_mem_gib": peak_mem_gib(adapter.device),
                 "train/seconds": self.train_seconds,
             }
             self.run.log(row, images_seen)
-            self._losses.clear()
 
     def median_step_ms(self) -> float | None:
         """Median over the run without its first tenth, where caches and kernels warm up; None before any step."""
+        self._read_times()
         times = sorted(self.step_times_ms[len(self.step_times_ms) // 10 :])
         return times[len(times) // 2] if times else None
 
+    def on_save_checkpoint(self, trainer: pl.Trainer, adapter: pl.LightningModule, checkpoint: dict) -> None:
+        self._read_losses()
+
     def state_dict(self) -> dict:
+        self._read_times()
         return {"train_seconds": self.train_seconds}
 
     def load_state_dict(self, state: dict) -> None:
         self.train_seconds = state["train_seconds"]
+
+    def _read_losses(self) -> list[float]:
+        """The losses since the last row. Raises TrainingDiverged, naming the images of the first that is not finite."""
+        values = torch.stack([loss for loss, _ in self._losses]).tolist() if self._losses else []
+        for value, (_, ids) in zip(values, self._losses, strict=True):
+            if value - value != 0:  # NaN and Inf
+                raise TrainingDiverged(f"loss is {value} at images {ids}; lower the rate, e.g. optimizer.algorithm.lr")
+        return values
+
+    def _read_times(self) -> None:
+        """Put the steps since the last reading into the books."""
+        recent = [sum(_ms_between(*part) for part in step) for step in self._steps]
+        self._steps.clear()
+        self.step_times_ms += recent
+        self.train_seconds += sum(recent) / 1000
+
+
+def _moment(device: torch.device) -> float | torch.cuda.Event:
+    """Now: on a GPU a mark in its queue, which need not be waited for."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _ms_between(began: float | torch.cuda.Event, ended: float | torch.cuda.Event) -> float:
+    if isinstance(began, float):
+        return 1000 * (ended - began)
+    ended.synchronize()
+    return began.elapsed_time(ended)
 
 
 def peak_mem_gib(device: torch.device) -> float:

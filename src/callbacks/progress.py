@@ -40,11 +40,14 @@ class ImageProgress(StepCallback):
     def on_step(self, trainer: pl.Trainer, adapter: pl.LightningModule, images_seen: int) -> None:
         now = time.monotonic()
         speed = (images_seen - self._first) / max(1e-9, now - self._began)
+        every = 0.5 if self._bar is not None else self.line_seconds
+        if now - self._said < every:  # reading the loss waits for the device
+            return
+        self._said = now
         facts = f"loss {float(adapter.last_loss):.3f} | {speed:.1f} img/s | {peak_mem_gib(adapter.device):.2f} GiB"
         if self._bar is not None:
             self._bar.update(self._task, completed=images_seen, facts=facts)
-        elif now - self._said >= self.line_seconds:
-            self._said = now
+        else:
             left = (self.run.total_images - images_seen) / max(1e-9, speed)
             print(f"images {images_seen}/{self.run.total_images} | {facts} | {left / 60:.1f} min left", flush=True)
 

@@ -1,10 +1,13 @@
 """Ending early without losing anything."""
 
 import signal
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 import pytorch_lightning as pl
 
-from src.callbacks.base import Preempted, RunContext, StepCallback
+from src.callbacks.base import Preempted, RunContext, StepCallback, Stop
 from src.callbacks.checkpoints import SaveAdapter
 
 
@@ -16,34 +19,43 @@ class GracefulStop(StepCallback):
 
     def __init__(self, *, run: RunContext):
         super().__init__(run)
-        self._before: dict[int, object] = {}
+        self._listening = ExitStack()
 
     def on_fit_start(self, trainer: pl.Trainer, adapter: pl.LightningModule) -> None:
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            self._before[number] = signal.signal(number, self._ask)
+        self._listening.enter_context(listening(self.run.stop))
 
     def teardown(self, trainer: pl.Trainer, adapter: pl.LightningModule, stage: str) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before.clear()
+        self._listening.close()
 
     def on_step(self, trainer: pl.Trainer, adapter: pl.LightningModule, images_seen: int) -> None:
-        limit = self.run.stop_at_images
-        if (
-            self.run.stop_requested is None
-            and limit is not None
-            and images_seen >= limit
-            and images_seen < self.run.total_images
-        ):
-            self.run.stop_requested = "budget.stop_at_images"
+        stop, limit = self.run.stop, self.run.stop_at_images
+        reached = limit is not None and limit <= images_seen < self.run.total_images
+        if stop.requested is None and reached:
+            stop.requested = "budget.stop_at_images"
         self.leave_if_asked(trainer, adapter)
 
     def leave_if_asked(self, trainer: pl.Trainer, adapter: pl.LightningModule) -> None:
         """Save and raise `Preempted` if a signal has come; only ever called between optimizer steps."""
-        if self.run.stop_requested is not None:
-            next(c for c in trainer.callbacks if isinstance(c, SaveAdapter)).save(trainer, adapter)
-            by_signal = self.run.stop_requested.startswith("SIG")
-            raise Preempted(self.run.stop_requested, self.run.root, by_signal)
+        stop = self.run.stop
+        if stop.requested is None:
+            return
+        stop.at_step = trainer.global_step
+        next(c for c in trainer.callbacks if isinstance(c, SaveAdapter)).save(trainer, adapter)
+        raise Preempted(stop.requested, self.run.root, by_signal=stop.requested.startswith("SIG"))
 
-    def _ask(self, number: int, _frame) -> None:
-        self.run.stop_requested = signal.Signals(number).name
+
+@contextmanager
+def listening(stop: Stop) -> Iterator[None]:
+    """Inside, SIGTERM and SIGUSR1 ask for an end. Signals reach the main thread alone; in any other this does nothing."""
+    before: dict[int, object] = {}
+
+    def ask(number: int, _frame: object) -> None:
+        stop.requested = signal.Signals(number).name
+
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -16,12 +16,15 @@ from src.config.checks import ConfigError, Incompatible, Where
 from src.config.compose import COMMAND_LINE, CONF
 
 GIB = 2**30
+FP8_CAPABILITY = (9, 0)  # CUDA compute capability of Hopper: fp8 products with a scale per row
 # pixels: autoencoder factor 8 x patch 2; a U-Net's depends on its levels, and is asked when its configuration is read
 MULTIPLES = {"src.backbones.mmdit.": 16, "src.backbones.dit.": 16}
 PROFILES = (("h200", 120), ("gpu_80g", 70), ("gpu_24g", 0))  # name, from how many GiB of one device
 # Not science: where things go and how fast they get there. Dotted keys; a prefix covers what is below it.
-NOT_SCIENCE = ("hardware", "logger", "output_dir", "cache_dir", "out", "workers", "resume", "tags", "name")
-NOT_SCIENCE += ("data.index_dir",)
+NOT_SCIENCE = ("hardware", "logger", "output_dir", "cache_dir", "out", "workers", "resume", "sweep", "tags", "name")
+NOT_SCIENCE += ("data.index_dir", "together", "together_tasks", "feature_cache.budget_gib")
+# Keys that came later, and the value at which nothing changed: a run from before them keeps its identity.
+LATER = {"backbone.quantize": None, "reuse": 1, "feature_cache.draws": None, "feature_cache.dtype": None}
 NOT_SCIENCE += ("budget.stop_at_images", *(f"callbacks.{name}" for name in ("stopper", "checkpoints", "meter", "progress")))
 
 
@@ -64,7 +67,7 @@ def _micro_batch(hardware: dict[str, Any], effective: int) -> int:
 def _concrete(hardware: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """A hardware node without `auto` and its nulls, and the line that says what was chosen."""
     if hardware["accelerator"] != "auto":
-        return hardware, []
+        return _of_today(hardware), []
     name, found = "cpu", "no GPU"
     if torch.cuda.is_available():
         facts = torch.cuda.get_device_properties(0)
@@ -76,6 +79,16 @@ def _concrete(hardware: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         profile = _profile(name)
     set_by_hand = {k: v for k, v in hardware.items() if v is not None and k not in ("name", "accelerator")}
     return {**profile, **set_by_hand}, [f"hardware=auto is {name} here ({found})"]
+
+
+def _of_today(hardware: dict[str, Any]) -> dict[str, Any]:
+    """The node of a stored run, which may be from before some keys: those get what they stand at in the CPU's profile."""
+    profile = _profile("cpu")
+    added = {k: v for k, v in profile.items() if k in ("compile", "cuda_graphs", "channels_last", "fit")}
+    old = {}
+    if isinstance(hardware.get("compile"), bool) and isinstance(profile["compile"], str):
+        old["compile"] = "all" if hardware["compile"] else "none"
+    return {**added, **hardware, **old}
 
 
 def _profile(name: str) -> dict[str, Any]:
@@ -93,6 +106,11 @@ def _read_profile(file: Path) -> dict[str, Any]:
 def check_together(tree: dict, where: Where) -> list[str]:
     """Refuse resolved values that are legal alone but not together; returns notes that are worth one line each."""
     notes = _check_hardware(tree["hardware"], where) if "hardware" in tree else []
+    if "hardware" in tree:
+        hardware = _concrete(tree["hardware"])[0]
+        _check_switches(hardware, where)
+        _check_quantize(tree.get("backbone", {}), hardware, where)
+        _check_optimizer(tree.get("optimizer", {}), hardware, where)
     if "budget" in tree:
         _check_budget(tree["budget"], where)
         _check_batches(tree["budget"]["effective_batch"], _concrete(tree["hardware"])[0], where)
@@ -123,6 +141,39 @@ def _check_hardware(hardware: dict[str, Any], where: Where) -> list[str]:
         keys = ("hardware.precision", "hardware.accelerator")
         raise _clash(where, keys, "hardware.precision=16-mixed needs a GPU, not a CPU; write hardware.precision=32-true")
     return ["hardware.precision=bf16-mixed on a CPU is slower than 32-true, and its numbers differ"]
+
+
+def _check_switches(hardware: dict[str, Any], where: Where) -> None:
+    if not hardware["cuda_graphs"]:
+        return
+    keys = ("hardware.cuda_graphs", "hardware.accelerator", "hardware.compile")
+    if hardware["accelerator"] == "cpu":
+        raise _clash(where, keys, "hardware.cuda_graphs=true needs a GPU, not a CPU; write hardware.cuda_graphs=false")
+    if hardware["compile"] not in ("frozen", "all"):
+        fault = f"hardware.cuda_graphs=true replays compiled blocks, and hardware.compile={hardware['compile']}"
+        raise _clash(where, keys, f"{fault}; write hardware.compile=frozen")
+
+
+def _check_quantize(backbone: dict[str, Any], hardware: dict[str, Any], where: Where) -> None:
+    if backbone.get("quantize") != "fp8":
+        return
+    on_cpu = hardware["accelerator"] == "cpu"
+    # a GPU profile on a machine without GPUs serves to estimate; whoever wants to train there is refused for that
+    if on_cpu or (torch.cuda.is_available() and torch.cuda.get_device_capability() < FP8_CAPABILITY):
+        here = "a CPU" if on_cpu else torch.cuda.get_device_name()
+        fault = f"backbone.quantize=fp8 needs a Hopper GPU or newer, not {here}; write backbone.quantize=int8"
+        raise _clash(where, ("backbone.quantize", "hardware.accelerator"), fault)
+
+
+def _check_optimizer(optimizer: dict[str, Any], hardware: dict[str, Any], where: Where) -> None:
+    algorithm = optimizer.get("algorithm", {})
+    keys = ("optimizer.algorithm._target_", "hardware.accelerator", "hardware.precision")
+    if hardware["accelerator"] == "cpu" and str(algorithm.get("_target_")).startswith("bitsandbytes."):
+        fault = f"optimizer.algorithm._target_={algorithm['_target_']} needs a GPU, not a CPU; write optimizer=adamw"
+        raise _clash(where, keys, fault)
+    if hardware["precision"] == "16-mixed" and algorithm.get("fused"):
+        fault = "a fused optimizer takes the loss's scale out of the gradients itself, after they would have been clipped"
+        raise _clash(where, keys, f"{fault}; write hardware.precision=bf16-mixed or optimizer=adamw")
 
 
 def _check_budget(budget: dict[str, Any], where: Where) -> None:
@@ -192,7 +243,7 @@ def _science(cfg: DictConfig | dict[str, Any]) -> dict[str, Any]:
             flat[key] = json.loads(json.dumps(node), parse_float=lambda x: int(float(x)) if float(x).is_integer() else float(x))
 
     walk(tree, "")
-    return flat
+    return {key: value for key, value in flat.items() if key not in LATER or value != LATER[key]}
 
 
 def config_sha(cfg: DictConfig | dict[str, Any]) -> str:

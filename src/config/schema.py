@@ -11,15 +11,11 @@ from typing import Any, ClassVar
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
+from src.config.evaluation import EvaluateKeys
+from src.config.keys import NODE, NODES
+from src.config.keys import key as _key
 from src.objectives import TIME_LAWS
-from src.types import Checkpointing
-
-NODE, NODES = {"kind": "node"}, {"kind": "nodes"}  # a mapping with a `_target_`; a mapping of such
-
-
-def _key(**facts: Any) -> Any:
-    """A key whose value stands in yaml. least, below: bounds; choices: the legal words."""
-    return field(default=MISSING, metadata=facts)
+from src.types import Checkpointing, Compile, Fit
 
 
 @dataclass
@@ -54,9 +50,14 @@ class HardwareConfig:
     workers: int | None = _key(least=0)
     threads: int | None = _key(least=1)
     checkpointing: str | None = _key(choices=typing.get_args(Checkpointing))
-    compile: bool | None = MISSING
+    compile: str | None = _key(choices=typing.get_args(Compile))
+    cuda_graphs: bool | None = MISSING
+    channels_last: bool | None = MISSING
+    overlap: bool | None = MISSING
     strategy: str | None = MISSING
     memory_gib: float | None = _key(least=0)
+    fit: str | None = _key(choices=typing.get_args(Fit))
+    rates: dict[str, Any] | None = MISSING
 
 
 @dataclass
@@ -81,6 +82,25 @@ class LoggerConfig:
 
 
 @dataclass
+class SweepConfig:
+    """What a multirun does with its cells; nothing here changes what a cell finds."""
+
+    resume: str | None = MISSING
+    jobs: int = _key(least=1)
+    timeout_s: float | None = _key(least=1)
+    grace_s: float = _key(least=0)
+
+
+@dataclass
+class FeatureCacheConfig:
+    """A fixed set of noised images instead of ever new ones, and their frozen features on disk."""
+
+    draws: int | None = _key(least=1)
+    dtype: str | None = _key(choices=("fp32", "bf16"))
+    budget_gib: float = _key(least=0)
+
+
+@dataclass
 class TrainConfig:
     """`python -m src.train`; the meaning of each key is beside its value in conf/train.yaml."""
 
@@ -92,6 +112,10 @@ class TrainConfig:
     time_law: str = _key(choices=TIME_LAWS)
     ema_decay: float = _key(least=0, below=1)
     control_arm: bool = MISSING
+    together: list[str] = MISSING
+    together_tasks: list[str] = MISSING
+    reuse: int = _key(least=1)
+    feature_cache: FeatureCacheConfig = MISSING
     resume: str | None = MISSING
     output_dir: str = MISSING
     cache_dir: str = MISSING
@@ -106,6 +130,55 @@ class TrainConfig:
     optimizer: OptimizerConfig = MISSING
     logger: LoggerConfig = MISSING
     callbacks: dict[str, Any] = field(default=MISSING, metadata=NODES)
+    sweep: SweepConfig = MISSING
+
+
+@dataclass
+class BenchConfig:
+    """`python -m src.bench`: what one adapter on one backbone costs."""
+
+    seed: int = _key(least=0)
+    mode: str = _key(choices=("estimate", "measure"))
+    what: str = _key(choices=("training", "inference"))
+    floor: bool = MISSING
+    naive: bool = MISSING
+    resolution: int = _key(least=1)
+    batch: int = _key(least=1)
+    ema: bool = MISSING
+    steps: int = _key(least=1)
+    guidance: float = _key(least=0)
+    warm_up: int = _key(least=1)
+    repeats: int = _key(least=1)
+    output_dir: str = MISSING
+    name: str = MISSING
+    backbone: dict[str, Any] = field(default=MISSING, metadata=NODE)
+    adapter: dict[str, Any] = field(default=MISSING, metadata=NODE)
+    hardware: HardwareConfig = MISSING
+    optimizer: OptimizerConfig = MISSING
+    sweep: SweepConfig = MISSING
+
+
+@dataclass
+class PeerConfig:
+    """`python -m src.bench.peer`: this project's training against diffusers' script."""
+
+    script: str = MISSING
+    shape: str = MISSING
+    adapters: list[str] = MISSING
+    blocks: int | None = _key(least=1)
+    overrides: list[str] = MISSING
+    resolution: int = _key(least=1)
+    batch: int = _key(least=1)
+    t5_tokens: int = _key(least=1)
+    steps: int = _key(least=1)
+    warm_up: int = _key(least=1)
+    repetitions: int = _key(least=2)
+    images: int = _key(least=1)
+    seed: int = _key(least=0)
+    timeout_s: float = _key(least=1)
+    output_dir: str = MISSING
+    name: str = MISSING
+    hardware: HardwareConfig = MISSING
 
 
 @dataclass
@@ -191,22 +264,46 @@ class ExportConfig:
 
 
 @dataclass
+class EvaluateConfig(EvaluateKeys):
+    """`python -m src.evaluate`: trained adapters on a named set, measured."""
+
+    hardware: HardwareConfig = MISSING
+
+
+@dataclass
 class ReportConfig:
-    """`python -m src.report`: tables and grids of finished runs."""
+    """`python -m src.report`: tables, charts and one page of what was found."""
 
     runs: list[str] = MISSING
     out: str = MISSING
+    one_table: bool = MISSING
+
+
+@dataclass
+class DashboardConfig:
+    """`python -m src.report wandb`: a W&B workspace of the same."""
+
+    runs: list[str] = MISSING
+    out: str = MISSING
+    project: str = MISSING
+    entity: str | None = MISSING
+    name: str = MISSING
+    push: bool = MISSING
 
 
 SCHEMAS: dict[str, type] = {
     "train": TrainConfig,
+    "bench": BenchConfig,
+    "bench_peer": PeerConfig,
     "sample": SampleConfig,
     "prepare": PrepareConfig,
     "prepare_check": CheckConfig,
     "prepare_shards": ShardsConfig,
     "prepare_probe": ProbeConfig,
     "export": ExportConfig,
+    "evaluate": EvaluateConfig,
     "report": ReportConfig,
+    "report_wandb": DashboardConfig,
 }
 for _name, _schema in SCHEMAS.items():
     ConfigStore.instance().store(name=f"{_name}_schema", node=_schema, provider="src.config")

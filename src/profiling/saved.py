@@ -1,16 +1,14 @@
 """What autograd keeps for the backward pass, and whether any of it was kept while the frozen backbone ran."""
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from src.backbones.base import Backbone
+from src.profiling.own import own_calls
 
 
 @dataclass(frozen=True)
@@ -35,9 +33,7 @@ def saved_bytes(fn: Callable[[], Any], modules: Iterable[nn.Module], backbone: B
     """
     owned = [t for m in (*modules, *([backbone] if backbone is not None else [])) for t in (*m.parameters(), *m.buffers())]
     persistent = {t.untyped_storage()._cdata for t in owned}
-    inside: list[str] = []
     seen: dict[int, tuple[Tensor, bool]] = {}  # the tensor is kept, or its storage's address could come back as another's
-    calls: Counter[str] = Counter()
 
     def pack(tensor: Tensor) -> Tensor:
         key = tensor.untyped_storage()._cdata
@@ -45,46 +41,8 @@ def saved_bytes(fn: Callable[[], Any], modules: Iterable[nn.Module], backbone: B
             seen[key] = (tensor.detach(), bool(inside))
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), _watched(backbone, inside, calls):
+    with own_calls(backbone) as (inside, calls), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         kept = fn()
     sizes = [(t.untyped_storage().nbytes(), own) for t, own in seen.values()]
     del kept
     return SavedReport(sum(n for n, _ in sizes), sum(n for n, own in sizes if own), calls["run"])
-
-
-@contextmanager
-def _watched(backbone: Backbone | None, inside: list[str], calls: Counter) -> Iterator[None]:
-    """While active, `inside` is not empty when one of the backbone's own modules runs, and `calls` counts them."""
-    if backbone is None:
-        yield
-        return
-
-    def is_own(name: str, args: tuple, kwargs: dict) -> bool:
-        if name == "run":
-            return isinstance(args[0] if args else kwargs["step"], int)
-        return name == "begin" or (args[1] if len(args) > 1 else kwargs.get("head")) is None
-
-    def watch(name: str) -> Callable:
-        method = getattr(backbone, name)
-
-        @wraps(method)
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            if not is_own(name, args, kwargs):
-                return method(*args, **kwargs)
-            calls[name] += 1
-            inside.append(name)
-            try:
-                return method(*args, **kwargs)
-            finally:
-                inside.pop()
-
-        return watched
-
-    names = ("begin", "run", "end")
-    for name in names:
-        object.__setattr__(backbone, name, watch(name))
-    try:
-        yield
-    finally:
-        for name in names:
-            object.__delattr__(backbone, name)

@@ -1,25 +1,31 @@
-"""Reading results: every results.json below some folders, in groups within which numbers may be compared."""
+"""Reading results: every results.json below some folders, by kind, a run and its copy counted once."""
 
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from src.results import Result, read_results
+from src.results import CostResult, Result, ResultError, kind_of, read_cost, read_results
+from src.results.evaluation import EvaluationResult, read_evaluation
 from src.types import UserError
 
 
 @dataclass(frozen=True)
 class Row:
-    """One run. scores: metric, or metric/arm -> one value per held-out image, where the run kept them; ids: of these images."""
+    """One training or evaluation. scores: metric, or metric/arm -> one value per held-out image, where the run kept them; ids:
+    of these images. place: where it was found, from the folder that was asked for. name: the method, told from the others
+    of its table (see `src.report.names`)."""
 
-    result: Result
+    result: Result | EvaluationResult
     folder: Path
     scores: dict[str, np.ndarray] | None
     ids: tuple[str, ...]
+    place: str = ""
+    name: str = ""
 
     @property
     def main_metric(self) -> str:
@@ -28,55 +34,109 @@ class Row:
 
     @property
     def label(self) -> str:
-        return f"{self.result.adapter}, seed {self.result.seed}"
+        name = self.name or self.result.adapter
+        return name if self.result.seed is None else f"{name}, seed {self.result.seed}"
 
 
-def read_rows(folders: Iterable[str | Path]) -> list[Row]:
-    """Every results.json below the folders, in the order of their paths; a run and its copy are one.
+@dataclass(frozen=True)
+class CostRow:
+    """One cell of a benchmark."""
 
-    Raises UserError if a folder holds none.
+    result: CostResult
+    folder: Path
+    place: str = ""
+
+    @property
+    def floor(self) -> bool:
+        """The frozen backbone alone."""
+        return self.result.adapter == "none"
+
+    @property
+    def label(self) -> str:
+        """The method with what it may be compared under: its own options, what is computed twice, what was forgotten."""
+        r = self.result
+        words = ["backbone alone" if self.floor else r.adapter]
+        words += [f"checkpointing {kind}" for kind in [r.flags["checkpointing"]] if kind not in (None, False, "none")]
+        words += ["backbone not frozen"] if r.flags["naive"] else []
+        return ", ".join(words)
+
+
+@dataclass(frozen=True)
+class Found:
+    """Everything below the folders that were asked for."""
+
+    trained: list[Row]
+    evaluated: list[Row]
+    costs: list[CostRow]
+
+    def __len__(self) -> int:
+        return len(self.trained) + len(self.evaluated) + len(self.costs)
+
+
+def read_all(paths: Iterable[str | Path]) -> Found:
+    """Every results.json below folders, or at the paths of files themselves, in the order of their paths.
+
+    Raises UserError for a folder that holds none, ResultError for a file that cannot be trusted.
     """
-    rows: dict[tuple, Row] = {}
-    for folder in folders:
-        found = sorted(Path(folder).rglob("results.json"))
-        if not found:
-            raise UserError(
-                f"runs={folder}: no results.json below it; give folders that `python -m src.train` printed as `run: ...`"
-            )
-        for row in map(_read_row, found):
-            r = row.result
-            key = (r.config_sha, r.seed, r.date, r.command)
-            if key not in rows or rows[key].scores is None:  # of two copies, the one that kept more
-                rows[key] = row
-    return list(rows.values())
+    trained, evaluated, costs, taken = {}, {}, {}, Counter()
+    for path in map(Path, paths):
+        for file in _files(path):
+            place = _place(file, path)
+            taken[place] += 1
+            place += f" ({taken[place]})" if taken[place] > 1 else ""
+            match kind_of(file):
+                case "train":
+                    _keep(trained, _row(file, place, read_results))
+                case "evaluation":
+                    _keep(evaluated, _row(file, place, read_evaluation))
+                case "cost":
+                    cost = CostRow(read_cost(file), file.parent, place)
+                    costs.setdefault(json.dumps(asdict(cost.result), sort_keys=True), cost)
+                case other:
+                    raise ResultError(f"{file}: kind is {other!r}, wanted train, evaluation or cost")
+    return Found(list(trained.values()), list(evaluated.values()), list(costs.values()))
 
 
-def _read_row(file: Path) -> Row:
+def read_rows(paths: Iterable[str | Path]) -> list[Row]:
+    """The trainings alone. Raises as `read_all`."""
+    return read_all(paths).trained
+
+
+def _files(path: Path) -> list[Path]:
+    found = [path] if path.is_file() else sorted(path.rglob("results.json"))
+    if not found:
+        raise UserError(f"runs={path}: no results.json below it; give folders that `python -m src.train` printed as `run: ...`")
+    return found
+
+
+def _place(file: Path, asked: Path) -> str:
+    """The folder of a result from the one that was asked for, whose own place on the machine is nobody's business."""
+    if file == asked:
+        return file.name
+    below = file.parent.relative_to(asked).as_posix()
+    return asked.resolve().name + ("" if below == "." else f"/{below}")
+
+
+def _keep(rows: dict[tuple, Row], row: Row) -> None:
+    """Of two copies of a run, the one that kept more: scores of each image, pictures, curves."""
+    r = row.result
+    made = r.adapter_hash if isinstance(r, EvaluationResult) else r.config_sha
+    key = (made, r.seed, r.date, r.command)
+    if key not in rows or _wealth(row) > _wealth(rows[key]):
+        rows[key] = row
+
+
+def _wealth(row: Row) -> int:
+    return (row.scores is not None) + sum((row.folder / name).exists() for name in ("metrics.jsonl", "grids"))
+
+
+def _row(file: Path, place: str, read: Callable[[Path], Any]) -> Row:
     outcome = file.with_name("outcome.json")
-    kept = json.loads(outcome.read_text()) if outcome.is_file() else {}
+    kept = {}
+    if outcome.is_file():
+        try:
+            kept = json.loads(outcome.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ResultError(f"{outcome} is not JSON ({error}); it was cut off or edited: delete it or run again") from None
     scores = {name: np.array(values) for name, values in kept.get("scores", {}).items()} or None
-    return Row(read_results(file), file.parent, scores, tuple(kept.get("ids", ())))
-
-
-def conditions_of(result: Result) -> dict[str, Any]:
-    """Everything that two rows must share for their numbers to be comparable, apart from what is compared."""
-    first = next(iter(result.metrics.values()))
-    return {
-        "backbone": result.backbone["id"],
-        "backbone_hash": result.backbone["hash"],
-        "task": result.task,
-        "resolution": result.resolution,
-        "images_seen": result.images_seen,
-        "effective_batch": result.effective_batch,
-        "n": first["n"],
-        **{name: result.flags.get(name) for name in ("solver", "sampling_steps", "guidance")},
-    }
-
-
-def groups(rows: Iterable[Row]) -> list[tuple[dict[str, Any], list[Row]]]:
-    """Rows in groups of equal conditions, (conditions, rows); rows of unlike conditions never share a table."""
-    found: dict[str, tuple[dict[str, Any], list[Row]]] = {}
-    for row in rows:
-        conditions = conditions_of(row.result)
-        found.setdefault(json.dumps(conditions, sort_keys=True), (conditions, []))[1].append(row)
-    return list(found.values())
+    return Row(read(file), file.parent, scores, tuple(kept.get("ids", ())), place)

@@ -1,82 +1,170 @@
-"""Results as tables: Markdown to read, CSV to compute with, and the paired difference of every two runs."""
+"""Results as tables: one form for Markdown and for the page, where every number knows its run; and CSV to compute with."""
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
-from src.metrics.intervals import bootstrap_ci
-from src.report.rows import Row
+from src.metrics.intervals import paired_metric
+from src.report.groups import Group, said
+from src.report.rows import CostRow, Row
 
 CSV_FIELDS = (
     "experiment", "adapter", "backbone", "backbone_hash", "task", "seed", "resolution", "images_seen", "effective_batch",
     "trainable_m", "train_seconds", "img_per_s", "peak_mem_gib", "device", "precision",
-    "metric", "value", "low", "high", "n", "unit", "better", "git_sha", "git_dirty", "date", "command",
+    "metric", "value", "low", "high", "n", "unit", "better", "git_sha", "git_dirty", "date", "command", "kind",
 )  # fmt: skip
+TWICE = "steps_to_control"  # says the same as images_to_control
+ARROWS = {"higher": " \u2191", "lower": " \u2193", None: ""}
+
+ARMS = {
+    "wrong_condition": "minus that of a wrong condition",
+    "no_condition": "minus that of none",
+    "no_control_arm": "minus the no-control arm",
+}
+EXTRA = {"images_seen": ("images seen", "{:,}"), "train_seconds": ("train s", "{:.0f}"), "img_per_s": ("images/s", "{:.1f}")}
 
 
-def markdown(grouped: Sequence[tuple[dict[str, Any], list[Row]]]) -> str:
-    """Every group as a heading with its conditions, a table of its runs, their paired differences, and their commands."""
-    return "\n\n".join(_section(conditions, rows) for conditions, rows in grouped) + "\n"
+@dataclass(frozen=True)
+class Cell:
+    """A field of a table. value: to sort by; runs: places of the rows that it came from; metric, n, interval: its proof."""
+
+    text: str
+    value: float | None = None
+    runs: tuple[str, ...] = ()
+    metric: str = ""
+    n: int | None = None
+    interval: tuple[float, float] | None = None
+    unit: str = ""
 
 
-def _section(conditions: dict[str, Any], rows: list[Row]) -> str:
-    main = rows[0].main_metric
-    heads = [main, f"{main}/gain_over_wrong_condition", f"{main}/gain_over_no_condition"]
-    titles = [main, "minus that of a wrong condition", "minus that of none"]
-    shared = set.intersection(*(set(row.result.metrics) for row in rows))
-    others = [name for name in rows[0].result.metrics if "/" not in name and name in shared and name != main]
-    columns = ["adapter", "seed", "trained, M", *titles, *others, "train s"]
-    lines = [_line(columns), _line(["---"] * len(columns))]
+@dataclass
+class Table:
+    """columns: titles; rows: cells as many, the first of each a name. about: one sentence above it. A column without a text
+    is left out; numbers: columns that hold any."""
+
+    columns: list[str]
+    rows: list[list[Cell]]
+    about: str = ""
+    numbers: set[int] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        kept = [c for c in range(len(self.columns)) if c == 0 or any(row[c].text for row in self.rows)]
+        self.columns, self.rows = [self.columns[c] for c in kept], [[row[c] for c in kept] for row in self.rows]
+        self.numbers = {c for c in range(len(self.columns)) if any(row[c].value is not None for row in self.rows)}
+
+
+def score_table(group: Group[Row]) -> Table:
+    """A row per run: its size, its control score with what it gains over other conditions, other scores, its time."""
+    rows, main = group.rows, group.rows[0].main_metric
+    gains = {f"{main}/gain_over_{arm}": words for arm, words in ARMS.items()}
+    gains = {name: words for name, words in gains.items() if any(name in row.result.metrics for row in rows)}
+    others = [
+        n for n in dict.fromkeys(n for row in rows for n in row.result.metrics) if "/" not in n and n not in (main, TWICE)
+    ]
+    better = rows[0].result.metrics[main]["better"]
+    titles = ["adapter", "seed", "trained, M", main + ARROWS[better], *gains.values()]
+    titles += [
+        name + ARROWS[next(r.result.metrics[name]["better"] for r in rows if name in r.result.metrics)] for name in others
+    ]
+    extra = {k: v for k, v in EXTRA.items() if any(getattr(row.result, k, None) is not None for row in rows)}
+    if "train_seconds" in extra:
+        del extra["images_seen"]  # of trainings a condition
+    table = []
     for row in rows:
-        r = row.result
-        cells = [r.adapter, str(r.seed), f"{r.trainable_m:.2f}", *(_value(r.metrics.get(name)) for name in heads)]
-        cells += [_number(r.metrics[name]) for name in others]
-        lines.append(_line([*cells, f"{r.train_seconds:.0f}"]))
-    parts = [f"## {conditions['backbone']}, {conditions['task']}", _conditions(conditions), "\n".join(lines)]
-    differences = paired_table(rows)
-    if differences:
-        parts.append(differences)
-    parts.append("\n".join(f"- {row.label}: `{row.result.command}` at {_commit(row)}" for row in rows))
-    return "\n\n".join(parts)
+        r, of = row.result, (row.place,)
+        cells = [
+            Cell(row.name or r.adapter),
+            _plain(r.seed, "{}", of, "seed"),
+            _plain(r.trainable_m, "{:.2f}", of, "trained, M"),
+        ]
+        cells += [metric_cell(row, name, with_interval=True) for name in (main, *gains)]
+        cells += [metric_cell(row, name) for name in others]
+        cells += [_plain(getattr(r, name), form, of, title) for name, (title, form) in extra.items()]
+        table.append(cells)
+    return Table([*titles, *(title for title, _ in extra.values())], table)
 
 
-def _conditions(c: dict[str, Any]) -> str:
-    return (
-        f"{c['images_seen']:,} images in batches of {c['effective_batch']}, {c['resolution']} pixels; scored on n = {c['n']} "
-        f"held-out images, {c['sampling_steps']} steps of {c['solver']}, guidance {c['guidance']}. 95 % intervals, over images."
-    )
+def metric_cell(row: Row, name: str, with_interval: bool = False) -> Cell:
+    """One number of one run; empty where the run has none of that name."""
+    m = row.result.metrics.get(name)
+    if m is None:
+        return Cell("")
+    text = f"{m['value']:,.0f}" if m["n"] == 1 else number(m["value"])  # a count, such as images_to_control; a mean
+    interval = tuple(m["ci95"]) if m["ci95"] else None
+    if m.get("small_n"):
+        text += " (small n)"
+    if with_interval and interval:
+        text += f" [{number(interval[0])}, {number(interval[1])}]"
+    return Cell(text, m["value"], (row.place,), name, m["n"], interval, m["unit"])
 
 
-def paired_table(rows: list[Row]) -> str:
-    """Differences of the control score between every two runs over the same images, with their intervals; "" where the
+def paired_table(rows: Sequence[Row]) -> Table | None:
+    """Differences of the control score between every two runs over the same images, with their intervals; None where the
     runs kept no scores per image, or not of the same images."""
-    kept = [row for row in rows if row.scores is not None]
+    kept = [row for row in rows if row.scores is not None and row.main_metric in row.scores]
     if len(kept) < 2 or any(row.ids != kept[0].ids for row in kept):
-        return ""
-    metric = kept[0].main_metric
-    lines = [_line([f"{metric}: row minus column", *(row.label for row in kept[:-1])]), _line(["---"] * len(kept))]
+        return None
+    metric, table = kept[0].main_metric, []
     for i, row in enumerate(kept[1:], 1):
         cells = [_difference(row, other, metric) for other in kept[:i]]
-        lines.append(_line([row.label, *cells, *[""] * (len(kept) - 1 - i)]))
-    return "\n".join(lines)
+        table.append([Cell(row.label), *cells, *[Cell("")] * (len(kept) - 1 - i)])
+    about = f"Paired over the same {len(kept[0].ids)} images, 95 % intervals; one that holds 0 decides nothing."
+    return Table([f"{metric}: row minus column", *(row.label for row in kept[:-1])], table, about)
 
 
-def _difference(row: Row, other: Row, metric: str) -> str:
-    gap = row.scores[metric] - other.scores[metric]
-    return _signed(float(np.mean(gap)), bootstrap_ci(gap))
+def difference(row: Row, other: Row) -> tuple[float, tuple[float, float]]:
+    """The control score of a run minus another's over the same images, and its 95 % interval."""
+    name = row.main_metric
+    gap = paired_metric(
+        row.scores[name], other.scores[name], row.result.metrics[name]["unit"], row.result.metrics[name]["better"]
+    )
+    return gap["value"], tuple(gap["ci95"] or (gap["value"], gap["value"]))
 
 
-def csv_text(rows: Sequence[Row]) -> str:
+def _difference(row: Row, other: Row, metric: str) -> Cell:
+    value, (low, high) = difference(row, other)
+    text = f"{signed(value)} [{signed(low)}, {signed(high)}]"
+    unit = row.result.metrics[metric]["unit"]
+    return Cell(text, value, (row.place, other.place), f"{metric}, paired difference", len(row.ids), (low, high), unit)
+
+
+def markdown_table(table: Table) -> str:
+    """As Markdown; bars in names are written out."""
+    lines = [_line(table.columns), _line(["---"] * len(table.columns))]
+    lines += [_line([cell.text for cell in row]) for row in table.rows]
+    return "\n".join([*([table.about, ""] if table.about else []), *lines])
+
+
+def score_conditions(c: dict[str, Any]) -> str:
+    """What all rows of a table of scores share, in a sentence or two."""
+    seen = f"{c['images_seen']:,} images in batches of {c['effective_batch']}, " if "images_seen" in c else ""
+    where = f"{c['device']}, {c['precision']}" if "device" in c else c["precision"]
+    parts = [
+        f"{seen}{c['resolution']} pixels; scored on n = {c['n']} held-out images, {said(c['sampling_steps'])} steps of "
+        f"{said(c['solver'])}, guidance {said(c['guidance'])}; {where}. 95 % intervals, over images."
+    ]
+    settings = c.get("task_settings")
+    parts += [f"Task: {said(settings)}."] if settings else []
+    if "manifest" in c:
+        parts.append(f"Set {c['evaluation_set']['name']}, manifest {c['manifest'][:16]}.")
+    return " ".join([*parts, f"Backbone hash {c['backbone_hash']}."])
+
+
+def commit(row: Row | CostRow) -> str:
+    """Of which code a row came."""
+    return row.result.git_sha[:7] + (" with uncommitted changes" if row.result.git_dirty else "")
+
+
+def csv_text(rows: Iterable[Row]) -> str:
     """One line per run and metric."""
     out = io.StringIO()
     writer = csv.DictWriter(out, CSV_FIELDS, lineterminator="\n")
     writer.writeheader()
     for row in rows:
         r = row.result
-        same = {name: getattr(r, name) for name in CSV_FIELDS if hasattr(r, name)}
+        same = {name: getattr(r, name) for name in CSV_FIELDS if hasattr(r, name)} | {"kind": r.kind}
         same |= {"backbone": r.backbone["id"], "backbone_hash": r.backbone["hash"]}
         for name, m in r.metrics.items():
             low, high = m["ci95"] or (None, None)
@@ -85,23 +173,20 @@ def csv_text(rows: Sequence[Row]) -> str:
     return out.getvalue()
 
 
-def _value(m: dict[str, Any] | None) -> str:
-    if m is None:
-        return ""
-    return f"{m['value']:.3f}" + (f" [{m['ci95'][0]:.3f}, {m['ci95'][1]:.3f}]" if m["ci95"] else "")
+def number(value: float) -> str:
+    """A mean with as many digits as it deserves: four or so."""
+    size = abs(value)
+    return f"{value:,.0f}" if size >= 1000 else f"{value:.{1 if size >= 100 else 2 if size >= 10 else 3}f}"
 
 
-def _number(m: dict[str, Any]) -> str:
-    return f"{m['value']:,.0f}" if m["n"] == 1 else f"{m['value']:.3f}"  # a count, such as images_to_control; a mean
+def signed(value: float) -> str:
+    """A difference."""
+    return ("+" if value >= 0 else "") + number(value)
 
 
-def _signed(value: float, interval: tuple[float, float]) -> str:
-    return f"{value:+.3f} [{interval[0]:+.3f}, {interval[1]:+.3f}]"
-
-
-def _commit(row: Row) -> str:
-    return row.result.git_sha[:7] + (" with uncommitted changes" if row.result.git_dirty else "")
+def _plain(value: float | None, form: str, runs: tuple[str, ...], metric: str) -> Cell:
+    return Cell("") if value is None else Cell(form.format(value), value, runs, metric)
 
 
 def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"

@@ -1,0 +1,176 @@
+"""A cell on a device: peaks by allocator and driver, times by events after a warm-up, bytes by autograd's own storages."""
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from src import build
+from src.bench.estimate import numbers
+from src.bench.flags import optimizer_kernel
+from src.bench.plan import Cell, low_dtype
+from src.bench.work import Drawing, training_step, watch_drawing
+from src.construct import construct
+from src.profiling.counter import OpCounter
+from src.profiling.step import Step, watch
+from src.profiling.tracker import GIB
+from src.sampling import denoise, solver_for
+from src.types import TextCond
+
+PHASES = ("forward", "backward", "optimizer")
+
+
+class Clock:
+    """Marks in time on a device: CUDA events, which hold up nobody, or the wall clock."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.on_gpu = device, device.type == "cuda"
+
+    def mark(self) -> Any:
+        """Now, as the device gets there."""
+        if not self.on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def wait(self) -> None:
+        """Until the device has done everything."""
+        if self.on_gpu:
+            torch.cuda.synchronize(self.device)
+
+    def between_ms(self, first: Any, second: Any) -> float:
+        """Milliseconds between two marks that have passed."""
+        return first.elapsed_time(second) if self.on_gpu else 1000 * (second - first)
+
+
+def spread(values: Sequence[float]) -> dict[str, Any]:
+    """{median, quartiles, n} of times."""
+    low, middle, high = (float(q) for q in np.quantile(values, (0.25, 0.5, 0.75)))
+    return {"median": middle, "quartiles": [low, high], "n": len(values)}
+
+
+def measure(cell: Cell) -> tuple[dict[str, Any], Any]:
+    """-> the numbers of a `CostResult`, and the adapter. Lets torch's out-of-memory errors through."""
+    cfg, device = cell.cfg, build.device_of(cell.cfg)
+    torch.set_num_threads(cfg.hardware.threads)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    backbone = cell.backbone.load(device, low_dtype(cfg.hardware.precision))
+    adapter = cell.make(backbone).to(device)
+    found = (_draw if cfg.what == "inference" else _train)(cell, adapter, device)
+    if device.type == "cuda":
+        found |= device_memory(device)
+        found["peak_mem_gib"] = found["device_memory_gib"]["allocated"]
+    return found, adapter
+
+
+def device_memory(device: torch.device) -> dict[str, Any]:
+    """Peaks since they were last reset: what tensors had, what the allocator held for them, what the driver counts on the
+    whole device, the CUDA context and other processes included."""
+    free, total = torch.cuda.mem_get_info(device)
+    peaks = {
+        "allocated": torch.cuda.max_memory_allocated(device),
+        "reserved": torch.cuda.max_memory_reserved(device),
+        "driver": total - free,
+    }
+    return {"device_memory_gib": {name: nbytes / GIB for name, nbytes in peaks.items()}}
+
+
+def _train(cell: Cell, adapter: Any, device: torch.device) -> dict[str, Any]:
+    """Steps of training: one that is watched, then those that are timed, with the profile's switches."""
+    cfg, clock, counter = cell.cfg, Clock(device), OpCounter()
+    step = training_step(cell, adapter, device, _autocast(cfg.hardware.precision, device))
+    if cell.trains:
+        _run(step)  # gives the optimizer its state
+    found = numbers(watch(step, counter=counter), counter.tally, 0) | {"attention": counter.tally.attention}
+    if not cfg.floor:
+        build.speed_up(cfg, adapter.backbone, adapter)
+    for _ in range(cfg.warm_up):
+        _run(step)
+    _fresh_peak(device)
+    rows = []
+    for _ in range(cfg.repeats):
+        rows.append([clock.mark()])
+        for phase in (step.forward, step.backward, step.update):
+            phase()
+            rows[-1].append(clock.mark())
+    clock.wait()
+    times = {p: spread([clock.between_ms(r[i], r[i + 1]) for r in rows]) for i, p in enumerate(PHASES)}
+    times["total"] = spread([clock.between_ms(r[0], r[-1]) for r in rows])
+    return found | {"step_time_ms": times, "img_per_s": 1000 * cfg.batch / times["total"]["median"]}
+
+
+def _draw(cell: Cell, adapter: Any, device: torch.device) -> dict[str, Any]:
+    """Pictures from noise to latent: one step that is watched, then whole pictures that are timed."""
+    cfg, clock, counter = cell.cfg, Clock(device), OpCounter()
+    adapter.eval()
+    drawing = Drawing(cell, adapter, device)
+    memory, condition = watch_drawing(drawing, counter)
+    found = numbers(memory, counter.tally, condition) | {"attention": counter.tally.attention}
+    if not cfg.floor:
+        build.speed_up(cfg, adapter.backbone, adapter)
+    picture, empty = _picture(cell, drawing), drawing.batch.text[:1]
+    for _ in range(max(1, cfg.warm_up // cfg.steps)):
+        drawing.encode()
+        picture(empty)
+    _fresh_peak(device)
+    rows = []
+    for _ in range(cfg.repeats):
+        rows.append([clock.mark()])
+        for part in (drawing.encode, lambda: picture(empty)):
+            part()
+            rows[-1].append(clock.mark())
+    clock.wait()
+    once = [clock.between_ms(r[0], r[1]) for r in rows]
+    steps = [clock.between_ms(r[1], r[2]) / cfg.steps for r in rows]
+    image = [(a + cfg.steps * b) / cfg.batch for a, b in zip(once, steps, strict=True)]
+    nothing = spread([0.0] * len(rows))
+    times = {"forward": spread(steps), "backward": nothing, "optimizer": nothing, "total": spread(steps)}
+    latency = {"condition": spread(once), "step": spread(steps), "image": spread(image)}
+    return found | {"step_time_ms": times, "latency_ms": latency, "img_per_s": 1000 / latency["image"]["median"]}
+
+
+def _picture(cell: Cell, drawing: Drawing) -> Callable[[TextCond], Tensor]:
+    """Draws the batch from its noise with the backbone's own solver, made from its configuration: no file is fetched."""
+    import diffusers
+
+    backbone = drawing.adapter.backbone
+    kind = getattr(diffusers, backbone.model.config("")["scheduler"][1])
+    solver = solver_for(backbone.objective, kind.from_config(backbone.model.config("scheduler")))
+    predict, noise, text = drawing.adapter.predictor(), drawing.batch.noise_BCHW, drawing.batch.text
+
+    def draw(empty: TextCond) -> Tensor:
+        options = (cell.cfg.steps, text, empty, drawing.features, cell.cfg.guidance)
+        return denoise(predict, noise, solver, backbone.objective, *options)
+
+    return draw
+
+
+def _run(step: Step) -> None:
+    step.forward()
+    step.backward()
+    step.update()
+
+
+def _fresh_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def _autocast(precision: str, device: torch.device) -> Callable[[], AbstractContextManager]:
+    """The context of the forward pass, as Lightning makes it."""
+    dtype = low_dtype(precision)
+    return nullcontext if dtype == torch.float32 else lambda: torch.autocast(device.type, dtype)
+
+
+def kernel_of(cell: Cell) -> str | None:
+    """How the optimizer's step is done; None where nothing trains."""
+    if not cell.trains:
+        return None
+    return optimizer_kernel(construct(cell.cfg.optimizer.algorithm), cell.cfg.hardware.accelerator == "gpu")

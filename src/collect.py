@@ -1,0 +1,134 @@
+"""What a finished training leaves behind, and how outcomes become `results.json`."""
+
+import datetime
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from omegaconf import DictConfig
+
+from src.adapters.base import ControlAdapter
+from src.callbacks.base import RunContext
+from src.callbacks.control import ControlValidation
+from src.callbacks.meter import ThroughputMeter, peak_mem_gib
+from src.config import config_sha
+from src.control_score import ARMS, RIGHT, ZERO, named, score_rows
+from src.data.stores import to_bytes
+from src.metrics.intervals import metric
+from src.results import Result, command_line, environment, git_state
+from src.world import World
+
+ROOT = Path(__file__).resolve().parents[1]
+HARDWARE_FLAGS = (
+    "micro_batch", "devices", "workers", "threads", "checkpointing", "compile", "cuda_graphs", "channels_last", "strategy",
+)  # fmt: skip
+NO_CONTROL = "no_control_arm"
+
+
+def summarise(context: RunContext, adapter: ControlAdapter, callbacks: list) -> dict:
+    """What a finished training leaves behind for results.json."""
+    control = next(c for c in callbacks if isinstance(c, ControlValidation))
+    meter = next(c for c in callbacks if isinstance(c, ThroughputMeter))
+    return {
+        "images_seen": context.total_images,
+        "train_seconds": round(meter.train_seconds, 1),
+        "step_time_ms": meter.median_step_ms(),
+        "peak_mem_gib": peak_mem_gib(adapter.device),
+        "trainable_parts_m": adapter.trainable_parts_m(),
+        "images_to_control": control.images_to_control,
+        "ids": context.held.stores.ids[: context.validation["final_images"]],
+        "scores": {k: [float(x) for x in v] for k, v in control.final_scores.items()},
+    }
+
+
+def collect(
+    cfg: DictConfig, world: World, outcome: dict, arm: dict | None, together: Sequence[dict], experiment: str | None
+) -> Result:
+    """Join outcomes to the run's result: every arm with its interval, and the paired gain over each of them.
+
+    together: the outcomes of all who shared a frozen pass, this one included. The seconds and the step time of each are
+    then those of the whole: nobody could have had its own part of them for less.
+    """
+    metrics, best = {}, ceiling(world)
+    for name, (unit, better) in world.task.metrics.items():
+        right = np.array(outcome["scores"][name])
+        others = {a: np.array(outcome["scores"][named(name, a)]) for a in ARMS if a != RIGHT}
+        if arm is not None:
+            others[NO_CONTROL] = np.array(arm["scores"][named(name, ZERO)])
+        metrics[name] = metric(right, unit, better)
+        for a, values in others.items():
+            metrics[f"{name}/{a}"] = metric(values, unit, better)
+            metrics[f"{name}/gain_over_{a}"] = metric(right - values, unit, better)
+        metrics[f"{name}/autoencoder_ceiling"] = metric(best[name], unit, better)
+    metrics["val_loss"] = metric(np.array(outcome["scores"]["val_loss"]), "mse", "lower")
+    if outcome["images_to_control"] is not None:
+        count = outcome["images_to_control"]
+        for name, value in (("images_to_control", count), ("steps_to_control", count // cfg.budget.effective_batch)):
+            metrics[name] = {"value": value, "n": 1, "unit": name.split("_")[0], "better": "lower", "ci95": None}
+    steps = [o["step_time_ms"] for o in together]
+    step_ms, hardware = None if None in steps else sum(steps), cfg.hardware
+    sha, dirty = git_state(ROOT)
+    return Result(
+        experiment=experiment or cfg.name,
+        adapter=cfg.adapter.name,
+        backbone={
+            "id": world.backbone.facts.source,
+            "revision": world.backbone.facts.revision,
+            "hash": world.backbone_hash,
+            "quantize": world.backbone.quantize,
+        },
+        task=cfg.task.name,
+        seed=cfg.seed,
+        images_seen=outcome["images_seen"],
+        effective_batch=cfg.budget.effective_batch,
+        resolution=cfg.resolution,
+        trainable_m=sum(outcome["trainable_parts_m"].values()),
+        frozen_m=sum(p.numel() for p in world.backbone.net.parameters()) / 1e6,
+        trainable_parts_m=outcome["trainable_parts_m"],
+        train_seconds=round(sum(o["train_seconds"] for o in together), 1),
+        step_time_ms=step_ms,
+        img_per_s=1000 * cfg.budget.effective_batch / step_ms if step_ms else None,
+        peak_mem_gib=outcome["peak_mem_gib"],
+        device=torch.cuda.get_device_name() if hardware.accelerator == "gpu" else "cpu",
+        precision=hardware.precision,
+        flags=flags_of(cfg, world, outcome, together),
+        metrics=metrics,
+        config_sha=config_sha(cfg),
+        git_sha=sha,
+        git_dirty=dirty,
+        versions=environment(),
+        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        command=command_line(),
+    )
+
+
+def flags_of(cfg: DictConfig, world: World, outcome: dict, together: Sequence[dict]) -> dict:
+    """What changes speed or memory, or tells how pictures were drawn."""
+    return {
+        **{key: cfg.hardware[key] for key in HARDWARE_FLAGS},
+        "optimizer": cfg.optimizer.algorithm["_target_"],
+        "optimizer_fused": bool(cfg.optimizer.algorithm.get("fused")),
+        "tf32": torch.backends.cuda.matmul.allow_tf32,
+        "solver": type(world.held.solver).__name__,
+        "sampling_steps": cfg.validation.steps,
+        "guidance": cfg.validation.guidance,
+        **repetition(cfg),
+        **({"shared_pass": len(together), "own_step_time_ms": outcome["step_time_ms"]} if len(together) > 1 else {}),
+    }
+
+
+def repetition(cfg: DictConfig) -> dict[str, int | str]:
+    """Flags of a training in which noised images come again."""
+    reuse, cache = cfg.get("reuse", 1), cfg.get("feature_cache")
+    found = {"reuse": reuse} if reuse > 1 else {}
+    if cache is not None and cache.draws is not None:
+        found |= {"feature_draws": cache.draws, "feature_dtype": cache.dtype or "not kept"}
+    return found | ({"overlap": True} if cfg.hardware.get("overlap") else {})
+
+
+def ceiling(world: World) -> dict[str, np.ndarray]:
+    """Scores of the real images after the autoencoder: what no adapter on this backbone can pass by much."""
+    rows = list(range(len(world.held.images)))
+    pictures = to_bytes(world.codec.decode(world.val.latents.rows("latents", rows)))
+    return score_rows(world.held, rows, pictures)

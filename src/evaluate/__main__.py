@@ -1,0 +1,34 @@
+"""Trained adapters on a named set of prompts, conditions and noise: pictures, their manifest, and numbers with intervals.
+
+    python -m src.evaluate run=runs/<name>/<stamp>
+    python -m src.evaluate run=[runs/<one>/<stamp>,runs/<other>/<stamp>] n=256
+
+Drawn and scored by what validates trainings (src/control_score.py). The last line printed is `run: <folder>`: of one adapter
+its own, of several the one that holds them and comparison.json. A command that was killed goes on where it was.
+"""
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from src.config import cli, resolve_hardware
+from src.evaluate.subjects import find_subjects
+
+
+def main(cfg: DictConfig) -> None:
+    """The entry: compare what is there, or evaluate."""
+    typed = list(HydraConfig.get().overrides.task)
+    cfg = resolve_hardware(cfg)
+    if cfg.compare:
+        from src.evaluate.compare import compare_folders
+
+        folder = compare_folders(cfg)
+    else:
+        subjects = find_subjects(cfg, typed)
+        from src.evaluate.flow import evaluate  # heavy: what is named wrongly is refused before
+
+        folder = evaluate(cfg, subjects)
+    print(f"run: {folder}", flush=True)
+
+
+if __name__ == "__main__":
+    cli("evaluate", main)

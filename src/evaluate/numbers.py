@@ -1,0 +1,117 @@
+"""Pictures to numbers: one entry per metric with n and interval, one value per image beside them, and results.json."""
+
+import datetime
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from src.control_score import ARMS, NONE, RIGHT, HeldOut, Scores, ceiling, control_entries, named, score_rows
+from src.evaluate.measures import Measures, features_of
+from src.evaluate.pictures import Pictures, Progress, Say
+from src.evaluate.sets import EvaluationSet
+from src.metrics.distances import set_distances
+from src.metrics.quality import entries, picture_scores
+from src.results import command_line, environment, git_state, write_atomic
+from src.results.evaluation import EvaluationResult, write_evaluation
+
+if TYPE_CHECKING:
+    from src.build import Sampler
+
+ROOT = Path(__file__).resolve().parents[2]
+JUDGED = (RIGHT, NONE)  # arms whose look is measured, beside whether they follow the condition
+
+
+@dataclass
+class Found:
+    """entries: of results.json; scores: metric, or metric/arm -> one value per image; features: extractor's suffix -> files of
+    the features of the right condition's pictures and of the set's images."""
+
+    entries: dict[str, dict[str, Any]]
+    scores: Scores
+    features: dict[str, dict[str, str]] = field(default_factory=dict)
+
+
+def measure(held: HeldOut, opened: EvaluationSet, pictures: Mapping[str, Pictures], measures: Measures, said: Say) -> Found:
+    """Control in every arm, then distances of sets and picture metrics of the right condition and the frozen backbone."""
+    rows, arms = range(len(opened.ids)), [arm for arm in ARMS if arm in pictures]
+    scores: Scores = {}
+    for arm in arms:
+        scores |= {named(name, arm): values for name, values in score_rows(held, rows, pictures[arm]).items()}
+    found = Found(control_entries(held.task.metrics, scores, [a for a in arms if a != RIGHT], ceiling(held)), scores)
+    for arm in (arm for arm in JUDGED if arm in pictures):
+        for extractor in measures.extractors:
+            ours, file = features_of(pictures[arm].folder, pictures[arm].names, extractor, arm or "right", said)
+            reference, real = features_of(opened.folder, opened.images.names, extractor, "image", said)
+            distances = set_distances(ours, reference).entries(extractor.suffix)
+            found.entries |= {named(k, arm): v for k, v in distances.items() if measures.wants(k)}
+            if arm == RIGHT:
+                found.features[extractor.suffix] = {"pictures": str(file), "images": str(real)}
+        if measures.pictures:
+            originals = opened.images if measures.compares or measures.wanted else None
+            values = picture_scores(measures.pictures, pictures[arm], opened.captions, originals)
+            values = {k: v for k, v in values.items() if measures.wants(k) and named(k, arm) not in found.entries}
+            found.scores |= {named(k, arm): v for k, v in values.items()}
+            found.entries |= {named(k, arm): v for k, v in entries(measures.pictures, values).items()}
+    return found
+
+
+def write_numbers(
+    folder: Path,
+    manifest: dict[str, Any],
+    found: Found,
+    opened: EvaluationSet,
+    model: "Sampler",
+    held: HeldOut,
+    progress: Progress,
+) -> None:
+    """outcome.json, the score of every image, then results.json."""
+    conditions, subject, drawing = (manifest[key] for key in ("conditions", "subject", "drawing"))
+    relative = {s: {k: str(Path(f).relative_to(folder.parent)) for k, f in fs.items()} for s, fs in found.features.items()}
+    kept = {
+        "ids": opened.ids,
+        "captions": opened.captions,
+        "scores": {name: np.asarray(values).tolist() for name, values in found.scores.items()},
+        "features": relative,
+    }
+    write_atomic(folder / "outcome.json", (json.dumps(kept) + "\n").encode())
+    sha, dirty = git_state(ROOT)
+    seconds = progress.seconds if progress.made else None
+    result = EvaluationResult(
+        adapter=subject["adapter"],
+        subject=subject["label"],
+        adapter_hash=subject["hash"],
+        backbone=conditions["backbone"],
+        task=model.task.name,
+        resolution=conditions["resolution"],
+        evaluation_set={key: conditions["evaluation_set"][key] for key in ("name", "hash", "n", "split")},
+        manifest=manifest["conditions_hash"],
+        metrics=found.entries,
+        seed=subject["seed"],
+        images_seen=subject["images_seen"],
+        config_sha=subject["config_sha"],
+        trainable_m=sum(p.numel() for p in model.adapter.parameters()) / 1e6,
+        draw_seconds=None if seconds is None else round(seconds, 1),
+        img_per_s=None if seconds is None else progress.made / max(1e-9, seconds),
+        device=drawing["device"],
+        precision=conditions["precision"],
+        flags={
+            "solver": type(held.solver).__name__,
+            "sampling_steps": held.steps,
+            "guidance": held.guidance,
+            "noise_seed": held.seed,
+            "batch": drawing["batch"],
+            "threads": drawing["threads"],
+            "tf32": torch.backends.cuda.matmul.allow_tf32,
+        },
+        git_sha=sha,
+        git_dirty=dirty,
+        versions=environment(),
+        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        command=command_line(),
+    )
+    write_evaluation(folder / "results.json", result)

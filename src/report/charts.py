@@ -1,0 +1,248 @@
+"""What is drawn, as data: the page draws it as SVG (`svg`), the files as PNG and SVG (`figures`)."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from omegaconf import OmegaConf
+
+from src.report.costs import words
+from src.report.groups import Group
+from src.report.names import cost_names
+from src.report.rows import CostRow, Row
+from src.report.tables import number
+from src.results import read_rows as read_lines
+from src.results.cost import FLOPS, MEMORY, PHASES
+
+VALIDATED = "val/"
+STACKS = {  # title -> unit, parts
+    "peak memory": ("GiB", MEMORY),
+    "operations of a step": ("GFLOP", FLOPS),
+    "time of a step": ("ms", PHASES[:-1]),
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """low, high: the interval of y. tip: what stands there when the reader points at it."""
+
+    x: float
+    y: float
+    low: float | None = None
+    high: float | None = None
+    tip: str = ""
+
+
+@dataclass(frozen=True)
+class Series:
+    """colour: a number, the same for one method in all charts of a group; line: whether points are joined."""
+
+    name: str
+    points: tuple[Point, ...]
+    colour: int
+    line: bool = False
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Points or lines over two axes. diagonal: a line where both are equal; zero: axes begin there."""
+
+    title: str
+    x: str
+    y: str
+    series: tuple[Series, ...]
+    note: str = ""
+    diagonal: bool = False
+    zero: bool = False
+
+
+@dataclass(frozen=True)
+class Bar:
+    """parts: (name, size) from left to right; low, high: the spread of the whole."""
+
+    name: str
+    parts: tuple[tuple[str, float], ...]
+    low: float | None = None
+    high: float | None = None
+
+    @property
+    def total(self) -> float:
+        return sum(size for _, size in self.parts)
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Bars below each other, each of stacked parts in the order of `parts`. bound: the bars are lower bounds."""
+
+    title: str
+    unit: str
+    bars: tuple[Bar, ...]
+    parts: tuple[str, ...]
+    note: str = ""
+    bound: bool = False
+
+
+def score_charts(group: Group[Row], costs: Sequence[CostRow] = ()) -> list[Chart]:
+    """The control score of every run with its interval against what it cost: seconds, parameters, and memory and operations
+    where cells of the same methods on the same backbone were benchmarked. [] for a single run."""
+    if len(group.rows) < 2:
+        return []
+    charts = []
+    axes: dict[str, Callable[[Row], float | None]] = {
+        "seconds of training": lambda row: getattr(row.result, "train_seconds", None),
+        "trained parameters, millions": lambda row: row.result.trainable_m,
+    }
+    notes = {"seconds of training": f"Seconds as the runs took them, on {group.conditions.get('device')}."}
+    for name, (of, note) in _benchmarked(group, costs).items():
+        axes[name], notes[name] = of, note
+    metric = group.rows[0].main_metric
+    for name, of in axes.items():
+        series = tuple(_scored(group.rows, of, name))
+        if sum(len(s.points) for s in series) > 1:
+            charts.append(
+                Chart(f"{metric} against {name.split(',')[0]}", name, _axis(group.rows[0]), series, notes.get(name, ""))
+            )
+    return charts
+
+
+def _scored(rows: Sequence[Row], of: Callable[[Row], float | None], axis: str) -> list[Series]:
+    points: dict[str, list[Point]] = {}
+    for row in rows:
+        m, x = row.result.metrics.get(row.main_metric), of(row)
+        own = points.setdefault(row.name or row.result.adapter, [])
+        if m is not None and x is not None:
+            low, high = m["ci95"] or (None, None)
+            about = f" [{number(low)}, {number(high)}]" if m["ci95"] else ""
+            tip = f"{row.label}: {number(m['value'])}{about}, n = {m['n']}; {axis}: {number(x)}"
+            own.append(Point(x, m["value"], low, high, tip))
+    return [Series(name, tuple(own), colour) for colour, (name, own) in enumerate(points.items())]
+
+
+def _axis(row: Row) -> str:
+    m = row.result.metrics[row.main_metric]
+    direction = f", {m['better']} is better" if m["better"] else ""
+    return f"{row.main_metric}{direction}"
+
+
+def _benchmarked(group: Group[Row], costs: Sequence[CostRow]) -> dict[str, tuple[Callable[[Row], float | None], str]]:
+    """Axes from the cells of a benchmark that share most methods with the group: name -> (cost of a run, what it is)."""
+    c, methods = group.conditions, {row.result.adapter for row in group.rows}
+    alike: dict[str, dict[str, CostRow]] = {}
+    for cell in costs:
+        r = cell.result
+        fits = (r.backbone["id"], r.resolution, r.what, r.status) == (c["backbone"], c["resolution"], "training", "done")
+        if fits and r.adapter in methods and not r.adapter_options and not r.flags["naive"]:
+            about = f"{r.mode}d, batch {r.batch}, {r.precision}, {r.device}, checkpointing {r.flags['checkpointing']}"
+            alike.setdefault(about, {}).setdefault(r.adapter, cell)
+    if not alike:
+        return {}
+    about, cells = max(alike.items(), key=lambda item: len(item[1]))
+
+    def of(pick: Callable[[Any], float]) -> Callable[[Row], float | None]:
+        # a benchmark of the adapter as it comes says nothing of one of its ablations
+        return lambda row: pick(cells[row.result.adapter].result) if row.name in cells else None
+
+    note = f"Cost as benchmarked: {about}."
+    return {
+        "peak memory, GiB": (of(lambda r: r.peak_mem_gib), note),
+        "operations of a step, GFLOP": (of(lambda r: sum(r.flops[part] for part in FLOPS) / 1e9), note),
+    }
+
+
+def curve_charts(group: Group[Row]) -> list[Chart]:
+    """The control score while training, against images and against seconds of training, of the runs that kept their curves."""
+    metric, first = f"{VALIDATED}{group.rows[0].main_metric}", group.rows[0]
+    curves: dict[str, list[Series]] = {"images seen": [], "seconds of training": []}
+    colours = {name: i for i, name in enumerate(dict.fromkeys(row.name or row.result.adapter for row in group.rows))}
+    for row in group.rows:
+        file = row.folder / "metrics.jsonl"
+        rows = read_lines(file) if file.is_file() else []
+        scored = [(r["images_seen"], float(r[metric])) for r in rows if metric in r]
+        if len(scored) < 2:
+            continue
+        spent = [(r["images_seen"], r["train/seconds"]) for r in rows if "train/seconds" in r]
+        colour = colours[row.name or row.result.adapter]
+        for name, lines in curves.items():
+            timed = name.startswith("seconds")
+            points = []
+            for x, (images, y) in zip(_seconds(scored, spent) if timed else [i for i, _ in scored], scored, strict=False):
+                when = f", {x:,.0f} s" if timed else ""
+                points.append(Point(x, y, tip=f"{row.label}: {number(y)} at {images:,} images{when}"))
+            if points:
+                lines.append(Series(row.label, tuple(points), colour, line=True))
+    note = f"Scored while training on {_watched(group.rows)} held-out images, the last point on n = {group.conditions['n']}."
+    title = f"{first.main_metric} while training, against"
+    return [Chart(f"{title} {x}", x, _axis(first), tuple(lines), note) for x, lines in curves.items() if lines]
+
+
+def _seconds(scored: Sequence[tuple[float, float]], spent: Sequence[tuple[float, float]]) -> list[float]:
+    """Seconds of optimizer steps by each validation: what validations and checkpoints take is no cost of a method."""
+    if not spent:
+        return []
+    images, seconds = np.array(sorted(spent)).T
+    return [float(x) for x in np.interp([i for i, _ in scored], images, seconds)]
+
+
+def _watched(rows: Sequence[Row]) -> str:
+    """On how many images the validations before the last were scored, from the configurations that are there."""
+    files = [row.folder / "config.yaml" for row in rows]
+    counts = {OmegaConf.select(OmegaConf.load(file), "validation.images") for file in files if file.is_file()}
+    return " or ".join(map(str, sorted(c for c in counts if c))) or "fewer"
+
+
+def stacks(group: Group[CostRow]) -> list[Stack]:
+    """Memory, operations and time of every cell that was done, in their parts."""
+    rows = [(row, name) for row, name in zip(group.rows, cost_names(group.rows), strict=True) if row.result.status == "done"]
+    found = []
+    for title, (unit, parts) in STACKS.items():
+        bars = [Bar(name, sizes, *_spread(row, unit)) for row, name in rows if (sizes := _parts(row, unit, parts))]
+        present = tuple(words(p) for p in parts if any(dict(bar.parts).get(words(p)) for bar in bars))
+        bound = unit == "ms" and group.conditions["mode"] == "estimate"
+        note = "Lower bounds by the rates of the named GPU, not times that were seen." if bound else ""
+        if bars:
+            found.append(Stack(title, unit, tuple(bars), present, note, bound))
+    return found
+
+
+def _parts(row: CostRow, unit: str, parts: Sequence[str]) -> tuple[tuple[str, float], ...]:
+    r = row.result
+    if unit == "GiB":
+        return tuple((words(p), r.memory_gib[p]) for p in parts)
+    if unit == "GFLOP":
+        return tuple((words(p), r.flops[p] / 1e9) for p in parts)
+    times = r.step_time_ms or {}
+    found = {p: times[p]["median"] if isinstance(times[p], dict) else times[p] for p in parts if times.get(p) is not None}
+    return tuple((words(p), value) for p, value in found.items())
+
+
+def _spread(row: CostRow, unit: str) -> tuple[float | None, float | None]:
+    total = (row.result.step_time_ms or {}).get("total")
+    return tuple(total["quartiles"]) if unit == "ms" and isinstance(total, dict) else (None, None)
+
+
+def speed_stack(rows: Sequence[CostRow]) -> Stack | None:
+    """Images per second of every measured cell; None if none was."""
+    done = [row for row in rows if row.result.mode == "measure" and row.result.img_per_s]
+    bars = []
+    for row in done:
+        r = row.result
+        name = f"{row.label}; {r.backbone['name']}, {r.resolution} px, {r.what}, batch {r.batch}, {r.device}"
+        bars.append(Bar(name, (("images/s", r.img_per_s),)))
+    return Stack("speed as measured", "images/s", tuple(bars), ("images/s",)) if bars else None
+
+
+def predicted_chart(rows: Sequence[CostRow]) -> Chart | None:
+    """Peak memory as estimated against as measured; None where no cell has both."""
+    found: dict[str, list[Point]] = {}
+    for row in rows:
+        r = row.result
+        if r.mode == "measure" and r.predicted and r.peak_mem_gib is not None:
+            told = r.predicted["peak_mem_gib"]
+            about = f"{row.label}, {r.backbone['name']}, batch {r.batch}"
+            tip = f"{about}: estimated {told:.3f}, measured {r.peak_mem_gib:.3f} GiB"
+            found.setdefault(r.adapter, []).append(Point(told, r.peak_mem_gib, tip=tip))
+    series = tuple(Series(name, tuple(points), i) for i, (name, points) in enumerate(found.items()))
+    note = "On the diagonal the estimate is right."
+    axes = ("estimated peak, GiB", "measured peak, GiB")
+    return Chart("peak memory, predicted against measured", *axes, series, note, diagonal=True, zero=True) if series else None
