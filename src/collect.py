@@ -13,8 +13,7 @@ from src.callbacks.base import RunContext
 from src.callbacks.control import ControlValidation
 from src.callbacks.meter import ThroughputMeter, peak_mem_gib
 from src.config import config_sha
-from src.control_score import ARMS, RIGHT, ZERO, named, score_rows
-from src.data.stores import to_bytes
+from src.control_score import ARMS, RIGHT, ZERO, ceiling, control_entries, named
 from src.metrics.intervals import metric
 from src.results import Result, command_line, environment, git_state
 from src.world import World
@@ -50,18 +49,12 @@ def collect(
     together: the outcomes of all who shared a frozen pass, this one included. The seconds and the step time of each are
     then those of the whole: nobody could have had its own part of them for less.
     """
-    metrics, best = {}, ceiling(world)
-    for name, (unit, better) in world.task.metrics.items():
-        right = np.array(outcome["scores"][name])
-        others = {a: np.array(outcome["scores"][named(name, a)]) for a in ARMS if a != RIGHT}
-        if arm is not None:
-            others[NO_CONTROL] = np.array(arm["scores"][named(name, ZERO)])
-        metrics[name] = metric(right, unit, better)
-        for a, values in others.items():
-            metrics[f"{name}/{a}"] = metric(values, unit, better)
-            metrics[f"{name}/gain_over_{a}"] = metric(right - values, unit, better)
-        metrics[f"{name}/autoencoder_ceiling"] = metric(best[name], unit, better)
-    metrics["val_loss"] = metric(np.array(outcome["scores"]["val_loss"]), "mse", "lower")
+    scores, arms = {name: np.array(values) for name, values in outcome["scores"].items()}, [a for a in ARMS if a != RIGHT]
+    if arm is not None:
+        arms.append(NO_CONTROL)
+        scores |= {named(name, NO_CONTROL): np.array(arm["scores"][named(name, ZERO)]) for name in world.task.metrics}
+    metrics = control_entries(world.task.metrics, scores, arms, ceiling(world.held))
+    metrics["val_loss"] = metric(scores["val_loss"], "mse", "lower")
     if outcome["images_to_control"] is not None:
         count = outcome["images_to_control"]
         for name, value in (("images_to_control", count), ("steps_to_control", count // cfg.budget.effective_batch)):
@@ -94,6 +87,7 @@ def collect(
         precision=hardware.precision,
         flags=flags_of(cfg, world, outcome, together),
         metrics=metrics,
+        task_settings=world.task.settings(),
         config_sha=config_sha(cfg),
         git_sha=sha,
         git_dirty=dirty,
@@ -125,10 +119,3 @@ def repetition(cfg: DictConfig) -> dict[str, int | str]:
     if cache is not None and cache.draws is not None:
         found |= {"feature_draws": cache.draws, "feature_dtype": cache.dtype or "not kept"}
     return found | ({"overlap": True} if cfg.hardware.get("overlap") else {})
-
-
-def ceiling(world: World) -> dict[str, np.ndarray]:
-    """Scores of the real images after the autoencoder: what no adapter on this backbone can pass by much."""
-    rows = list(range(len(world.held.images)))
-    pictures = to_bytes(world.codec.decode(world.val.latents.rows("latents", rows)))
-    return score_rows(world.held, rows, pictures)

@@ -47,11 +47,6 @@ class HeldOut:
     seed: int
 
 
-def wrong_row(row: int, count: int) -> int:
-    """The image whose condition stands in for the wrong one: half the set away."""
-    return (row + count // 2) % count
-
-
 def sample_arm(
     adapter: ControlAdapter, held: HeldOut, arm: str, rows: list[int], pause: Callable[[], None] = lambda: None
 ) -> np.ndarray:
@@ -86,7 +81,7 @@ def _latents(adapter: ControlAdapter, held: HeldOut, arm: str, rows: list[int]) 
     if arm != NONE:
         condition = {
             RIGHT: lambda: stores.condition_rows(rows),
-            WRONG: lambda: stores.condition_rows([wrong_row(r, count) for r in rows]),
+            WRONG: lambda: stores.condition_rows([rng.wrong_row(r, count) for r in rows]),
             ZERO: lambda: stores.zero_rows(rows),
         }[arm]()
         features = adapter.features_of(condition)

@@ -14,6 +14,7 @@ from src import build
 from src.backbones.base import Backbone
 from src.config import accumulation, load
 from src.profiling.memory import MemoryEstimate, describe, estimate_for
+from src.profiling.optimizer import ADAMW, model_of
 from src.types import UserError
 
 ENOUGH = 4  # ways out that fit are reason to stop looking
@@ -45,7 +46,7 @@ def training_estimate(cfg: DictConfig, backbone: Backbone) -> MemoryEstimate:
         precision=cfg.hardware.precision,
         ema=cfg.ema_decay > 0,
         accumulates=accumulation(cfg) > 1,
-        state_bytes=2 if "8bit" in cfg.optimizer.algorithm["_target_"] else 8,
+        optimizer=model_of(cfg.optimizer.algorithm) or ADAMW,  # of an optimizer unknown here, AdamW's is the safe guess
     )
 
 

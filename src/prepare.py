@@ -17,7 +17,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from src.config import ConfigError, cli, resolve_hardware
-from src.config.checks import nearest
+from src.config.messages import nearest
 from src.construct import construct
 from src.data.tolerant import tolerant
 from src.types import UserError

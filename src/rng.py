@@ -35,3 +35,8 @@ def uniform(seed: int, stream: str, indices: list[int]) -> Tensor:
 def permutation(seed: int, stream: str, index: int, count: int) -> np.ndarray:
     """A permutation of range(count), for example the order of one epoch."""
     return np.random.default_rng(key(seed, stream, index)).permutation(count)
+
+
+def wrong_row(row: int, count: int) -> int:
+    """The image whose condition stands in for the wrong one: half the set away."""
+    return (row + count // 2) % count

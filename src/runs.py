@@ -27,11 +27,11 @@ class Run:
 
 def trained_run(run: str) -> tuple[DictConfig, Path]:
     """-> configuration and newest checkpoint of a run folder, for whoever uses what it trained. Raises UserError without."""
-    from src.checkpoint import newest
-
     folder = Path(run)
     if not (folder / "config.yaml").is_file():
         raise UserError(f"run={run}: no config.yaml there; give a folder that `python -m src.train` printed as `run: ...`")
+    from src.checkpoint import newest  # Lightning comes with it: a wrong folder is refused without
+
     checkpoint = newest(folder / "checkpoints")
     if checkpoint is None:
         raise UserError(f"run={run}: no checkpoint there; continue it: python -m src.train resume={run}")

@@ -26,7 +26,8 @@ from src.config import (
     resolve_hardware,
     science_diff,
 )
-from src.config.checks import check_unknown, check_values, fits, hint_name, resolve
+from src.config.checks import check_names, check_nodes, check_values, resolve
+from src.config.signatures import fits, hint_name
 from src.types import UserError
 
 SAMPLE = ["run=runs/x", "prompt=a ball", "condition=edges.png"]
@@ -68,7 +69,12 @@ def test_every_group_file_composes(group, option, monkeypatch):
         fake.AdamW8bit = torch.optim.AdamW
         monkeypatch.setitem(sys.modules, "bitsandbytes", types.ModuleType("bitsandbytes"))
         monkeypatch.setitem(sys.modules, "bitsandbytes.optim", fake)
-    cfg = load("train", [f"{group}={option}", *(["data.path=pictures"] if option in ("folder", "hub", "shards") else [])])
+    entry, given = ("evaluate", ["run=runs/x"]) if group == "evaluation_set" else ("train", [])
+    if group in ("data", "evaluation_set") and option in ("folder", "hub", "shards"):
+        given.append("data.path=pictures")
+    if option == "adamw8bit":  # a GPU's own
+        given.append("hardware=gpu_24g")
+    cfg = load(entry, [f"{group}={option}", *given])
     assert "hydra" not in cfg
     assert group not in cfg or cfg[group].get("name", option) == option  # a recipe sets keys of other groups
 
@@ -394,8 +400,10 @@ def test_a_class_names_its_own_injected_arguments(monkeypatch):
 
     def check(**node) -> None:
         cfg = OmegaConf.create({"callbacks": {"one": {"_target_": "fake_callbacks.Fake", **node}}})
-        check_unknown(cfg, Schema, lambda key: "here")
-        check_values(resolve(cfg, lambda key: "here"), Schema, lambda key: "here")
+        check_names(cfg, Schema, lambda key: "here")
+        tree = resolve(cfg, lambda key: "here")
+        check_values(tree, Schema, lambda key: "here")
+        check_nodes(tree, Schema, lambda key: "here")
 
     check(every=3)
     with pytest.raises(ConfigError, match=r"here: callbacks\.one\.run=1 is filled in"):

@@ -145,13 +145,14 @@ def test_a_partition_is_one():
 
 
 def naive_kernel_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """The definition, pair by pair."""
+    """The definition, pair by pair; row i of two sets of one size is never set against row i."""
 
     def kernel(x: np.ndarray, y: np.ndarray) -> float:
         return (x @ y / len(x) + 1) ** 3
 
     same = [np.mean([kernel(x[i], x[j]) for i in range(len(x)) for j in range(len(x)) if i != j]) for x in (a, b)]
-    return sum(same) - 2 * np.mean([kernel(x, y) for x in a for y in b])
+    across = [kernel(a[i], b[j]) for i in range(len(a)) for j in range(len(b)) if len(a) != len(b) or i != j]
+    return sum(same) - 2 * np.mean(across)
 
 
 @pytest.mark.parametrize(("n", "m"), [(7, 7), (9, 6)])
@@ -177,16 +178,28 @@ def test_blocks_do_not_change_the_kernel_distance(monkeypatch):
 
 @needs_cleanfid
 def test_the_kernel_distance_is_that_of_cleanfid_on_average():
-    """clean-fid averages the same estimator over random subsets. With one subset of everything both are one number; with
+    """clean-fid averages over random subsets. With one subset of everything the two differ by the pairs (i, i) alone; with
     many small ones, clean-fid's mean is ours up to the error of drawing subsets."""
     from cleanfid.fid import kernel_distance as cleanfid_kernel_distance
 
     a, b = features(11, 200, 8, 0.2), features(12, 200, 8)
     ours = kernel_distance(a, b).value
     np.random.seed(0)
-    assert cleanfid_kernel_distance(a, b, num_subsets=1) == pytest.approx(ours, rel=1e-9)
+    across = (a @ b.T / 8 + 1) ** 3
+    without_own = (across.sum() - across.trace()) / (200 * 199)
+    theirs = cleanfid_kernel_distance(a, b, num_subsets=1) + 2 * across.mean() - 2 * without_own
+    assert theirs == pytest.approx(ours, rel=1e-9)
     subsets = [cleanfid_kernel_distance(a, b, num_subsets=1, max_subset_size=50) for _ in range(400)]
     assert abs(np.mean(subsets) - ours) < 4 * np.std(subsets, ddof=1) / 20
+
+
+def test_rows_that_belong_together_do_not_make_the_kernel_distance_smaller():
+    """Two samples of one law whose rows i are alike have the distance 0 on average, as if they were not."""
+    found = []
+    for seed in range(200):
+        a = features(seed, 20, 4)
+        found.append(kernel_distance(a + 0.1 * features(1000 + seed, 20, 4), a).value)
+    assert abs(np.mean(found)) < 4 * np.std(found, ddof=1) / np.sqrt(200)
 
 
 # ---- pictures ----

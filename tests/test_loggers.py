@@ -293,9 +293,9 @@ def test_mode_of_the_environment_wins(tmp_path, monkeypatch, caplog):
 
 
 def test_no_key_means_offline_without_asking(tmp_path, monkeypatch):
-    from src.loggers.wandb_run import _has_key, _reachable, urlsplit
+    from src.loggers.wandb_run import _has_key, reachable, urlsplit
 
-    mode, why = _reachable("https://api.forge.coreweave.com")
+    mode, why = reachable("https://api.forge.coreweave.com")
     assert mode == "offline"
     assert "no key" in why
     (tmp_path / "netrc").write_text(f"machine api.wandb.ai\n login user\n password {FAKE_KEY}\n")

@@ -19,7 +19,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from src.config import cli, resolve_hardware
-from src.config.checks import nearest
+from src.config.messages import nearest
 from src.types import UserError
 
 ROOT = Path(__file__).resolve().parents[2]

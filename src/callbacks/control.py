@@ -10,12 +10,10 @@ from PIL import Image
 from src.callbacks.base import RunContext, StepCallback
 from src.callbacks.ema import AdapterEMA
 from src.callbacks.stopper import GracefulStop
-from src.control_score import ARMS, NONE, RIGHT, WRONG, ZERO, named, sample_arm, score_rows, wrong_row
+from src.control_score import ARMS, NONE, RIGHT, WRONG, ZERO, named, sample_arm, score_rows
 from src.metrics.intervals import bootstrap_ci
-from src.plots import plot_grid
-
-GRID_ROWS = 6
-GRID_COLUMNS = ("source", "condition", "no control", "controlled", "wrong condition", "its output")
+from src.plots import GRID_COLUMNS, GRID_ROWS, plot_grid
+from src.rng import wrong_row
 
 
 class ControlValidation(StepCallback):

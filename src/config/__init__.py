@@ -20,8 +20,9 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, open_dict
 
-from src.config.checks import ConfigError, Incompatible, Unsupported, Where, check_unknown, check_values, key_is, resolve
+from src.config.checks import check_names, check_nodes, check_values, resolve
 from src.config.compose import COMMAND_LINE, CONF, Request, compose
+from src.config.messages import ConfigError, Incompatible, Unsupported, Where, key_is
 from src.config.rules import NOT_SCIENCE, accumulation, check_together, config_sha, resolve_hardware, science_diff
 from src.config.schema import SCHEMAS, ExportConfig, PrepareConfig, SampleConfig, TrainConfig
 from src.types import UserError
@@ -151,9 +152,10 @@ def _checked(cfg: DictConfig, schema: type, where: Where) -> tuple[DictConfig, l
     """The configuration without Hydra's node, and notes that are worth a line."""
     with open_dict(cfg):
         del cfg["hydra"]
-    check_unknown(cfg, schema, where)
+    check_names(cfg, schema, where)
     tree = resolve(cfg, where)
     check_values(tree, schema, where)
+    check_nodes(tree, schema, where)
     return cfg, check_together(tree, where)
 
 

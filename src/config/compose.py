@@ -25,7 +25,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from src.config.checks import ConfigError, hint_name, key_is, legal_keys, nearest, nearest_key
+from src.config.checks import legal_keys
+from src.config.messages import ConfigError, key_is, nearest, nearest_key
+from src.config.signatures import hint_name
 
 ROOT = Path(__file__).resolve().parents[2]
 CONF = ROOT / "conf"

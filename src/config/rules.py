@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from omegaconf import MISSING, DictConfig, OmegaConf, open_dict
 
-from src.config.checks import ConfigError, Incompatible, Where
 from src.config.compose import COMMAND_LINE, CONF
+from src.config.messages import ConfigError, Incompatible, Where
 
 GIB = 2**30
 FP8_CAPABILITY = (9, 0)  # CUDA compute capability of Hopper: fp8 products with a scale per row
@@ -84,8 +84,10 @@ def _concrete(hardware: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
 def _of_today(hardware: dict[str, Any]) -> dict[str, Any]:
     """The node of a stored run, which may be from before some keys: those get what they stand at in the CPU's profile."""
     profile = _profile("cpu")
-    added = {k: v for k, v in profile.items() if k in ("compile", "cuda_graphs", "channels_last", "fit")}
+    added = {k: v for k, v in profile.items() if k in ("compile", "cuda_graphs", "channels_last", "fit", "overlap")}
     old = {}
+    if isinstance(hardware.get("checkpointing"), bool):
+        old["checkpointing"] = "both" if hardware["checkpointing"] else "none"
     if isinstance(hardware.get("compile"), bool) and isinstance(profile["compile"], str):
         old["compile"] = "all" if hardware["compile"] else "none"
     return {**added, **hardware, **old}
@@ -108,7 +110,7 @@ def check_together(tree: dict, where: Where) -> list[str]:
     notes = _check_hardware(tree["hardware"], where) if "hardware" in tree else []
     if "hardware" in tree:
         hardware = _concrete(tree["hardware"])[0]
-        _check_switches(hardware, where)
+        _check_switches(hardware, tree.get("reuse", 1), where)
         _check_quantize(tree.get("backbone", {}), hardware, where)
         _check_optimizer(tree.get("optimizer", {}), hardware, where)
     if "budget" in tree:
@@ -143,7 +145,7 @@ def _check_hardware(hardware: dict[str, Any], where: Where) -> list[str]:
     return ["hardware.precision=bf16-mixed on a CPU is slower than 32-true, and its numbers differ"]
 
 
-def _check_switches(hardware: dict[str, Any], where: Where) -> None:
+def _check_switches(hardware: dict[str, Any], reuse: int, where: Where) -> None:
     if not hardware["cuda_graphs"]:
         return
     keys = ("hardware.cuda_graphs", "hardware.accelerator", "hardware.compile")
@@ -152,6 +154,11 @@ def _check_switches(hardware: dict[str, Any], where: Where) -> None:
     if hardware["compile"] not in ("frozen", "all"):
         fault = f"hardware.cuda_graphs=true replays compiled blocks, and hardware.compile={hardware['compile']}"
         raise _clash(where, keys, f"{fault}; write hardware.compile=frozen")
+    # a replayed graph writes its outputs where the last one did, while these two still read them
+    for key, waits, value in (("hardware.overlap", hardware["overlap"], "true"), ("reuse", reuse > 1, reuse)):
+        if waits:
+            fault = f"hardware.cuda_graphs=true overwrites the features that {key}={value} still reads"
+            raise _clash(where, ("hardware.cuda_graphs", key), f"{fault}; write hardware.cuda_graphs=false")
 
 
 def _check_quantize(backbone: dict[str, Any], hardware: dict[str, Any], where: Where) -> None:

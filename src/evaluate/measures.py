@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from omegaconf import DictConfig
 
-from src.config.checks import nearest
+from src.config.messages import nearest
 from src.evaluate.pictures import PictureFolder, Say
 from src.metrics.clip import PROMPTS
 from src.metrics.extractors import FeatureExtractor, Inception, extract

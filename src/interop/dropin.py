@@ -231,7 +231,7 @@ def _plain(node: Any) -> dict[str, Any]:
     """A configuration node without what only a training reads."""
     from omegaconf import DictConfig, OmegaConf
 
-    from src.config.checks import BESIDE
+    from src.config.signatures import BESIDE
 
     node = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else dict(node)
     return {k: v for k, v in node.items() if k not in BESIDE["adapter"]}

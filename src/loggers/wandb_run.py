@@ -63,7 +63,7 @@ class WandbRun(RunLogger):
         for name, place in {"WANDB_DATA_DIR": folder / "data", "WANDB_CACHE_DIR": folder / "cache"}.items():
             self._environ[name] = os.environ.get(name)
             os.environ[name] = str(place)
-        mode, why = (asked, why) if asked == "offline" else _reachable(wandb.setup().settings.base_url)
+        mode, why = (asked, why) if asked == "offline" else reachable(wandb.setup().settings.base_url)
         options = {"id": _run_id(folder / "run-id.txt"), "resume": "allow", "dir": str(self.run_dir), "config": config}
         options |= {"project": cfg.project, "entity": cfg.entity, "group": cfg.group, "tags": tags, "name": self.name}
         quiet = {"silent": True, "console": "off", "disable_git": True, "x_disable_meta": True, "save_code": False}
@@ -164,7 +164,7 @@ def _asked_mode(configured: str) -> tuple[str, str]:
     return MODES[mode], f"{where}={mode}"
 
 
-def _reachable(base_url: str) -> tuple[str, str]:
+def reachable(base_url: str) -> tuple[str, str]:
     """Online or offline, and why not online: a key and an answering host are both needed. At most CONNECT_S seconds."""
     url = urlsplit(base_url)
     if not _has_key(url):

@@ -1,8 +1,9 @@
 """The kernel distance (KID): the squared maximum mean discrepancy of two sets of features, without bias.
 
-Kernel (x.y / F + 1)^3, all pairs of different rows: Binkowski et al. 2018, 1801.01401, section 3; the estimator is Gretton
-et al. 2012, Eq. 3. It is right on average at every number of features, may be negative, and is a plain sum, so that its
-jackknife costs no second pass: leaving out one row changes known sums.
+Kernel (x.y / F + 1)^3, all pairs of different rows: Binkowski et al. 2018, 1801.01401, section 3. Two sets of one size are
+compared by Gretton et al. 2012, Eq. 4, which never sets row i against row i of the other: they may be a picture and the
+original of its condition, and such a pair is nearer than chance. Sets of other sizes by their Eq. 3. Both are right on average
+at every number of features, may be negative, and are plain sums, so that the jackknife costs no second pass.
 Legend: N, M features (rows), F their width.
 """
 
@@ -53,16 +54,17 @@ def kernel_distance(a_NF: np.ndarray, b_MF: np.ndarray) -> KernelDistance:
     n, m = len(a), len(b)
     aa, bb = (_sums(x, x)[0] - _diagonal(x, x) for x in (a, b))  # a row with itself does not count
     ab, ba = _sums(a, b)
+    if n == m:
+        each = aa + bb - ab - ba + 2 * _diagonal(a, b)
+        total = each.sum()
+        return KernelDistance(float(total / (n * (n - 1))), ((total - 2 * each) / ((n - 1) * (n - 2)),))
     all_a, all_b, all_ab = aa.sum(), bb.sum(), ab.sum()
     value = all_a / (n * (n - 1)) + all_b / (m * (m - 1)) - 2 * all_ab / (n * m)
     less_a, less_b = (all_a - 2 * aa) / ((n - 1) * (n - 2)), (all_b - 2 * bb) / ((m - 1) * (m - 2))
-    if n == m:
-        left_out = (less_a + less_b - 2 * (all_ab - ab - ba + _diagonal(a, b)) / (n - 1) ** 2,)
-    else:
-        left_out = (
-            less_a + all_b / (m * (m - 1)) - 2 * (all_ab - ab) / ((n - 1) * m),
-            all_a / (n * (n - 1)) + less_b - 2 * (all_ab - ba) / (n * (m - 1)),
-        )
+    left_out = (
+        less_a + all_b / (m * (m - 1)) - 2 * (all_ab - ab) / ((n - 1) * m),
+        all_a / (n * (n - 1)) + less_b - 2 * (all_ab - ba) / (n * (m - 1)),
+    )
     return KernelDistance(float(value), left_out)
 
 

@@ -27,7 +27,7 @@ PYIQA = {  # metric -> unit, and the file that pyiqa itself would fetch
     "musiq": ("score of 0 to 100", "musiq_koniq_ckpt-e95806b9.pth"),
     "maniqa": ("score of 0 to 1", "ckpt_koniq10k.pt"),
 }
-LPIPS_SETTING = "task.lpips_weights"
+LPIPS_SETTING = "metrics.lpips_weights"
 BATCH = 16
 
 

@@ -33,8 +33,7 @@ def estimate_for(
     precision: str,
     ema: bool,
     accumulates: bool = True,
-    state_bytes: float = ADAMW.state_bytes,
-    optimizer: OptimizerModel | None = None,
+    optimizer: OptimizerModel = ADAMW,
 ) -> MemoryEstimate:
     """Peak memory of one training step with `batch` images at once, `resolution` pixels wide.
 
@@ -44,7 +43,7 @@ def estimate_for(
     in 16 bits and trainable weights, gradients and optimizer in 32, and autocast is emulated: matrix products,
     convolutions and attention in 16 bits, norms, softmax and powers in 32, everything else in the type that it meets;
     the 16-bit copies of trainable weights live until the forward pass ends, or longer where backward needs them.
-    ema, accumulates, state_bytes, optimizer: see `track_step`. Raises ValueError for another precision.
+    ema, accumulates, optimizer: see `track_step`. Raises ValueError for another precision.
     """
     if precision not in LOW_PRECISION:
         raise ValueError(f"precision={precision!r} cannot be estimated: use one of {sorted(LOW_PRECISION)}")
@@ -52,8 +51,7 @@ def estimate_for(
     adapter = hollow_adapter(backbone, build_adapter, precision)
     with torch.device("meta"):
         step = blank_batch(backbone.facts, adapter.condition_space, batch, resolution)
-    options = {"ema": ema, "accumulates": accumulates, "state_bytes": state_bytes, "optimizer": optimizer}
-    return track_step(adapter, step, precision=precision, **options)
+    return track_step(adapter, step, precision=precision, ema=ema, accumulates=accumulates, optimizer=optimizer)
 
 
 def hollow_adapter(backbone: Backbone, build_adapter: Callable[[Backbone], Any], precision: str) -> Any:
@@ -93,19 +91,15 @@ def track_step(
     precision: str = "32-true",
     ema: bool = False,
     accumulates: bool = True,
-    state_bytes: float = ADAMW.state_bytes,
-    optimizer: OptimizerModel | None = None,
+    optimizer: OptimizerModel = ADAMW,
 ) -> MemoryEstimate:
     """Run one training step where the tensors are, and account for it. Leaves the adapter without gradients.
 
     See `watch`. It is a later step of a run, so the optimizer's state exists, and so do gradients during the forward pass,
     since Lightning clears them only before the backward pass. accumulates: they stay in the backward pass too, as in all
     micro-batches of a step but the first. ema: an averaged copy of the trainable weights is kept beside them.
-    optimizer: see `model_of`. Without it, state_bytes: the optimizer's state per trainable parameter; 8 is AdamW in groups of
-    tensors, torch's choice on a GPU, any other number that of an optimizer without temporaries.
+    optimizer: see `model_of`; by default AdamW in groups of tensors, torch's choice on a GPU.
     """
-    if optimizer is None:
-        optimizer = ADAMW if state_bytes == ADAMW.state_bytes else OptimizerModel(state_bytes, 0, 0, 0)
     average = [p.detach().clone() for p in adapter.parameters() if p.requires_grad] if ema else []
     gradients = "kept" if accumulates else "until_backward"
     return watch(Step(adapter, batch, average=average), precision=precision, gradients=gradients, model=optimizer)

@@ -13,7 +13,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from src.config import ConfigError, cli
-from src.config.checks import nearest
+from src.config.messages import nearest
 
 VERBS = ("wandb",)
 

@@ -12,7 +12,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from src.config import CONF
-from src.config.checks import locate
+from src.config.signatures import locate
 from src.report.rows import read_rows
 from src.results import write_atomic
 from src.types import UserError
@@ -92,9 +92,9 @@ def push(cfg: DictConfig) -> str:
         raise UserError(f"push=true: wandb-workspaces is not installed; {EXTRA}")
     import wandb
 
-    from src.loggers.wandb_run import _reachable
+    from src.loggers.wandb_run import reachable
 
-    mode, why = _reachable(wandb.setup().settings.base_url)
+    mode, why = reachable(wandb.setup().settings.base_url)
     if mode != "online":
         raise UserError(f"push=true: {why}; without it the definition is written, and nothing is sent")
     made = json.loads(define(cfg).read_text())

@@ -83,7 +83,7 @@ def drawn_by(row: Row) -> Drawn | None:
 
 def _evaluated(row: Row) -> Drawn | None:
     """The first pictures of an evaluation beside those of its set; None where they are gone."""
-    from src.control_score import wrong_row  # torch comes with it
+    from src.rng import wrong_row  # torch comes with it
 
     given, count = row.folder.parent / "set", row.result.evaluation_set["n"]
     outcome, scenes = row.folder / "outcome.json", []

@@ -16,6 +16,7 @@ class Result:
     backbone: {id, revision, hash}; trainable_parts_m: part of the adapter -> millions; flags: everything that changes
     speed or memory without changing the method (checkpointing, compile, micro_batch, ...), never empty.
     metrics: name -> {value, n, unit, better: "higher" | "lower" | None, ci95: [low, high] | None}.
+    task_settings: how the task makes conditions and scores; None in results older than the field.
     step_time_ms, img_per_s, peak_mem_gib: None where not measured. arms: control arm -> metrics of that arm, or None.
     git_sha: "unknown" outside a checkout; git_dirty: None when not known. command: as typed, without absolute paths.
     """
@@ -44,6 +45,7 @@ class Result:
     versions: dict[str, str]
     date: str
     command: str
+    task_settings: dict[str, Any] | None = None
     arms: dict[str, dict[str, dict[str, Any]]] | None = None
     git_dirty: bool | None = None
     kind: str = "train"
@@ -77,6 +79,7 @@ def check_result(raw: Mapping[str, Any]) -> Result:
     for name, value in mapping("versions", result.versions, empty=False).items():
         text(f"versions.{name}", value)
     all_finite("flags", mapping("flags", result.flags, empty=False))
+    all_finite("task_settings", mapping("task_settings", result.task_settings or {}))
     truth("git_dirty", result.git_dirty, unknown=True)
     date("date", result.date)
     check_metrics("metrics", result.metrics)
