@@ -1,4 +1,4 @@
-"""The entries as a person runs them: every experiment, every README command, what a run leaves behind."""
+"""The entries as a person runs them: every README command, what a run leaves behind."""
 
 import json
 import re
@@ -11,14 +11,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from src.config import CONF, load
+from src.config import load
 from src.prepare import VERBS
 from src.results import read_results, read_rows
-from src.support import options
 from tests.conftest import QUICK, ROOT, run_entry, run_folder
 from tests.wandb_reader import finished_run
-
-EXPERIMENTS = options("experiment")
 
 
 @pytest.fixture(scope="module")
@@ -30,34 +27,6 @@ def finished(tmp_path_factory, cache_dir):
     done = run_entry("train", "+experiment=unicon_sd3_canny", *QUICK, *speak, *places)
     assert done.returncode == 0, done.stdout + done.stderr
     return done, run_folder(done)
-
-
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_every_experiment_composes_and_says_its_command(experiment):
-    text = (CONF / "experiment" / f"{experiment}.yaml").read_text()
-    assert text.startswith("# @package _global_")
-    assert f"+experiment={experiment}" in text.splitlines()[1]
-    assert re.search(r"^# reaches: [a-z_0-9]+ \d+\.\d+", text, re.MULTILINE), "the number that it reached is missing"
-    load("train", [f"+experiment={experiment}"])
-
-
-@pytest.mark.parametrize("experiment", [e for e in EXPERIMENTS if e != "unicon_sd3_canny"])
-def test_every_experiment_runs(experiment, tmp_path, cache_dir):
-    done = run_entry("train", f"+experiment={experiment}", *QUICK, f"output_dir={tmp_path}", f"cache_dir={cache_dir}")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert read_results(run_folder(done) / "results.json").experiment == experiment
-
-
-GROUPS = sorted(p.name for p in CONF.iterdir() if p.is_dir() and p.name not in ("experiment", "hydra", "shared", "__pycache__"))
-
-
-@pytest.mark.parametrize("group", GROUPS)
-def test_every_option_of_every_group_composes(group):
-    for option in options(group):
-        more = ["data.path=."] if group == "data" and option in ("folder", "hub", "shards") else []
-        if option == "adamw8bit":
-            pytest.importorskip("bitsandbytes")
-        assert load("train", [f"{group}={option}", *more])
 
 
 def test_the_run_says_what_a_person_wants_to_know(finished):
