@@ -36,7 +36,9 @@ def words(pictures, *more):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("backbone", ["sd3_tiny", "pixart_tiny", "sd21_tiny"])
+@pytest.mark.parametrize(
+    "backbone", ["sd3_tiny", *(pytest.param(b, marks=pytest.mark.slow) for b in ("pixart_tiny", "sd21_tiny"))]
+)
 def test_an_adapter_trains_on_several_shapes_at_once(backbone, pictures, tmp_path):
     # the no-control arm needs a black condition of every shape
     done = run_entry(

@@ -180,6 +180,7 @@ def test_a_batch_changes_its_pictures_by_rounding_alone(at_once, first, validate
 # ---- killed, damaged, too large ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_killed_evaluation_goes_on_where_it_was(runs, places):
     changed = [f"run={runs[0]}", "steps=6", "batch=1", "n=3"]
     words, whole, place = [*QUICK, *changed], evaluation(*changed, *places()), places()

@@ -146,7 +146,7 @@ def test_what_is_not_there_is_said_and_what_was_asked_for_is_refused(clip_folder
     assert present == []
     assert len(absent) == 4
     for line, words in zip(
-        absent, ("metrics.clip=", "metrics.musiq_weights=", "metrics.maniqa_weights=", "task.lpips_weights="), strict=True
+        absent, ("metrics.clip=", "metrics.musiq_weights=", "metrics.maniqa_weights=", "metrics.lpips_weights="), strict=True
     ):
         assert line.startswith("no ")
         assert words in line

@@ -133,6 +133,7 @@ def test_the_memory_of_a_step_is_the_bytes_of_its_tensors(tmp_path):
     assert 2 * square <= result["peak_gib"] * 2**30 <= 2 * square + 100 * width
 
 
+@pytest.mark.slow
 def test_a_program_that_ends_early_is_an_error_and_leaves_no_result(tmp_path):
     result, done = watched(tmp_path, steps=4, made=2)
     assert result is None

@@ -179,7 +179,8 @@ def test_a_table_sorts_by_any_column_both_ways_with_empty_fields_last(opened):
 def test_a_number_tells_its_command_commit_n_seed_and_interval(opened):
     window, faults = opened()
     raw = json.loads((ROOT / "experiments" / "unicon_sd3_depth" / "results.json").read_text())
-    window.locator("#s-sd3_tiny-depth .num[data-metric=depth_rmse]").click()
+    mine = "[data-runs*=unicon_sd3_depth]"
+    window.locator(f"#s-sd3_tiny-depth .num[data-metric=depth_rmse]{mine}").first.click()
     said = window.locator("#proof").inner_text()
     low, high = raw["metrics"]["depth_rmse"]["ci95"]
     for words in (raw["command"], raw["git_sha"][:7], "256", f"{low} to {high}", str(raw["metrics"]["depth_rmse"]["value"])):

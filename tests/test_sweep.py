@@ -387,6 +387,7 @@ needs_submitit = pytest.mark.skipif(importlib.util.find_spec("submitit") is None
 
 
 @needs_submitit
+@pytest.mark.slow
 def test_submitit_gives_rows_too(shell, monkeypatch):
     """Two jobs of its local executor, one after the other: a cell that is killed is a row, and ends neither job nor sweep."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
