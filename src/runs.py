@@ -26,16 +26,13 @@ class Run:
 
 
 def machine_of(cfg: DictConfig, typed: list[str]) -> DictConfig:
-    """A configuration with the hardware that the run will have: a resumed run keeps its own, unless it is typed anew."""
+    """The configuration whose hardware the run will have: a resumed run keeps its own, unless it is typed anew."""
     if cfg.resume is None or any(word.lstrip("+~").startswith("hardware") for word in typed):
         return cfg
     folder = unfinished(cfg) if cfg.resume == "auto" else Path(cfg.resume)
     if folder is None or not (folder / "config.yaml").is_file():
         return cfg
-    cfg = cfg.copy()
-    with open_dict(cfg):
-        cfg.hardware = OmegaConf.load(folder / "config.yaml").hardware
-    return cfg
+    return OmegaConf.load(folder / "config.yaml")
 
 
 def unfinished(cfg: DictConfig) -> Path | None:

@@ -38,8 +38,8 @@ from src.types import UserError
 def main(cfg: DictConfig) -> None:
     """The entry: exit code 143 after a signal, 0 at the end or at budget.stop_at_images."""
     job = HydraConfig.get()
-    typed = list(job.overrides.task)
-    if not is_rank():
+    typed, among_others = list(job.overrides.task), is_rank()  # asked now: Lightning clears the variables at its end
+    if not among_others:
         machine = resolve_hardware(machine_of(cfg, typed), speaks=False).hardware
         if device_count(machine) > 1:
             raise SystemExit(launch(machine))
@@ -50,7 +50,7 @@ def main(cfg: DictConfig) -> None:
         print(f"stopped by {why}; saved. Continue with: python -m src.train resume={why.folder}\nrun: {why.folder}", flush=True)
         raise SystemExit(143 if why.by_signal else 0) from None
     except BaseException as error:
-        if not is_rank():
+        if not among_others:
             raise
         if not isinstance(error, RankFailed):
             record(error)

@@ -1,6 +1,7 @@
 """`python -m src.train`, with what every micro-batch held written to SPY_FOLDER, and with a fault where FAULT asks for one.
 
-FAULT="<rank>:<images seen>:<what>": raise, hang, or kill when this rank has learned from so many images.
+FAULT="<rank>:<images seen>:<what>": raise, hang, or kill when this rank has learned from so many images; nowhere: it cannot
+write checkpoints from the beginning.
 """
 
 import hashlib
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import src.train
 from src.adapters.base import ControlAdapter
+from src.checkpoint import AdapterCheckpointIO
 from src.config import cli
 
 RANK = os.environ.get("RANK", "0")
@@ -24,9 +26,14 @@ def spy(self, batch, number, original=ControlAdapter.training_step):
             digest = hashlib.sha256(noise.cpu().numpy().tobytes()).hexdigest()
             file.write(json.dumps([index, name, digest, t]) + "\n")
     rank, _, rest = os.environ.get("FAULT", "").partition(":")
-    if rank == RANK and self.trainer.global_step * self.recipe.effective_batch >= int(rest.partition(":")[0]):
-        fail(rest.partition(":")[2])
+    images, _, what = rest.partition(":")
+    if rank == RANK and what != "nowhere" and self.trainer.global_step * self.recipe.effective_batch >= int(images):
+        fail(what)
     return original(self, batch, number)
+
+
+def nowhere(*_args, **_more) -> None:
+    raise OSError("nowhere to write")
 
 
 def fail(what: str) -> None:
@@ -39,4 +46,6 @@ def fail(what: str) -> None:
 
 if __name__ == "__main__":
     ControlAdapter.training_step = spy
+    if os.environ.get("FAULT", "").endswith(":nowhere"):
+        AdapterCheckpointIO.save_checkpoint = nowhere
     cli("train", src.train.main)
