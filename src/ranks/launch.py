@@ -169,10 +169,17 @@ def _tell(folder: Path, base: int, bad: Mapping[int, int], hung: set[int]) -> in
         what = "did not answer and was ended" if rank - base in hung else f"ended without a word ({said})"
         lines.append(f"{'error: ' if not lines else ''}rank {rank} {what}")
         if (log := folder / f"rank-{rank}.log").exists():
-            lines += [f"  | {line}" for line in log.read_text(errors="replace").splitlines()[-TOLD_LINES:]]
+            lines += [f"  | {line}" for line in _last_words(log)]
     print("\n".join([*lines, f"what the ranks said: {folder}"]), file=sys.stderr, flush=True)
     codes = [code for code in bad.values() if code > 0]
     return codes[0] if codes else 1
+
+
+def _last_words(log: Path) -> list[str]:
+    """The end of what a rank printed; of one that was ended, where its main thread stood, the innermost call first."""
+    lines = log.read_text(errors="replace").splitlines()
+    stood = max((n for n, line in enumerate(lines) if line.startswith("Current thread")), default=None)
+    return lines[-TOLD_LINES:] if stood is None else lines[stood : stood + TOLD_LINES]
 
 
 # ---- in a rank --------------------------------------------------------------------------------------------------------
