@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.plugins.environments import LightningEnvironment
 from omegaconf import DictConfig
 
 from src.adapters.base import ControlAdapter, OptimizerRecipe, unreached
@@ -26,6 +27,7 @@ from src.data.datamodule import ControlData, ImageStream
 from src.data.feature_cache import AheadData, FeatureStore, RepeatingStream
 from src.features import features_on_disk
 from src.profiling.memory import blank_batch
+from src.ranks.place import ALONE, Ranks, device_count
 from src.tasks.base import Task
 from src.types import UserError
 from src.world import Plan, World, backbone_dtype, cached, device_of, load_world, load_worlds, plan
@@ -152,6 +154,12 @@ def speed_up(cfg: DictConfig, backbone: Backbone, adapter: ControlAdapter) -> No
     crosses = adapter.grad_through_backbone
     for line in switches.speed_up(backbone, adapter.parts().values(), grad_through_backbone=crosses, **chosen):
         _say(line)
+    if device_count(cfg.hardware) > 1 and cfg.hardware.strategy == "fsdp":
+        from src.ranks.strategies import shard
+
+        frozen = backbone.steps() if cfg.hardware.shard == "both" else ()
+        kind = "cuda" if cfg.hardware.accelerator == "gpu" else "cpu"
+        adapter.shards = functools.partial(shard, frozen_steps=frozen, count=device_count(cfg.hardware), device_type=kind)
 
 
 def total_images(cfg: DictConfig) -> int:
@@ -182,16 +190,18 @@ def run_context(
     loggers: list,
     with_condition: bool,
     features: FeatureStore | None = None,
+    ranks: Ranks = ALONE,
 ) -> RunContext:
     """Data streams and everything that callbacks need; with_condition=False makes a no-control arm.
 
-    features: from `share_passes`.
+    features: from `share_passes`; ranks: with whom the run is trained.
     """
     batch, loads = cfg.budget.effective_batch, AheadData if cfg.hardware.get("overlap") else ControlData
     train = train_stream(cfg, world, with_condition, features)
     val = ImageStream(world.val, cfg.seed, 0.0, with_condition, stream="val")
     total = total_images(cfg)
     data = loads(train, val, total, cfg.hardware.micro_batch, cfg.hardware.workers, cfg.validation.final_images)
+    data.rank, data.ranks, data.step = ranks.rank, ranks.count, batch
     return RunContext(
         root=root,
         folder=folder,
@@ -205,6 +215,7 @@ def run_context(
         ema_decay=cfg.ema_decay,
         meta=identity(cfg, world) | {"with_condition": with_condition},
         loggers=loggers,
+        ranks=ranks,
     )
 
 
@@ -220,17 +231,21 @@ def callbacks(cfg: DictConfig, run: RunContext) -> list[pl.Callback]:
 
 def trainer(cfg: DictConfig, run: RunContext, made: list[pl.Callback]) -> pl.Trainer:
     """A Lightning trainer that counts in optimizer steps and leaves validation, logging and saving to our callbacks."""
-    hardware = cfg.hardware
+    from src.ranks.strategies import strategy_for
+
+    hardware, several = cfg.hardware, run.ranks.several
     return pl.Trainer(
         accelerator=hardware.accelerator,
         devices=hardware.devices,
-        strategy=hardware.strategy,
+        num_nodes=hardware.nodes,
+        strategy=strategy_for(hardware),
         precision=hardware.precision,
         max_steps=run.total_images // run.effective_batch,
         max_epochs=1,
         accumulate_grad_batches=accumulation(cfg),
         callbacks=made,
-        plugins=[AdapterCheckpointIO()],
+        # our launcher's variables and torchrun's say where a rank stands; Lightning would ask Slurm, and Slurm knows nodes
+        plugins=[AdapterCheckpointIO(), *([LightningEnvironment()] if several else [])],
         default_root_dir=run.folder,
         logger=False,
         enable_checkpointing=False,

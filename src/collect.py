@@ -21,6 +21,7 @@ from src.world import World
 ROOT = Path(__file__).resolve().parents[1]
 HARDWARE_FLAGS = (
     "micro_batch", "devices", "workers", "threads", "checkpointing", "compile", "cuda_graphs", "channels_last", "strategy",
+    "nodes", "shard",
 )  # fmt: skip
 NO_CONTROL = "no_control_arm"
 

@@ -25,6 +25,25 @@ class Run:
         return newest(self.folder / arm / "checkpoints") if self.resumed else None
 
 
+def machine_of(cfg: DictConfig, typed: list[str]) -> DictConfig:
+    """The configuration whose hardware the run will have: a resumed run keeps its own, unless it is typed anew."""
+    if cfg.resume is None or any(word.lstrip("+~").startswith("hardware") for word in typed):
+        return cfg
+    folder = unfinished(cfg) if cfg.resume == "auto" else Path(cfg.resume)
+    if folder is None or not (folder / "config.yaml").is_file():
+        return cfg
+    return OmegaConf.load(folder / "config.yaml")
+
+
+def unfinished(cfg: DictConfig) -> Path | None:
+    """The newest unfinished run of this name and science."""
+    for folder in sorted((Path(cfg.output_dir) / cfg.name).glob("*/"), reverse=True):
+        file = folder / "config.yaml"
+        if file.exists() and not (folder / "results.json").exists() and config_sha(OmegaConf.load(file)) == config_sha(cfg):
+            return folder
+    return None
+
+
 def trained_run(run: str) -> tuple[DictConfig, Path]:
     """-> configuration and newest checkpoint of a run folder, for whoever uses what it trained. Raises UserError without."""
     folder = Path(run)
@@ -47,13 +66,10 @@ def open_run(cfg: DictConfig, typed: list[str]) -> Run:
     if cfg.resume is None:
         return new_run(cfg)
     if cfg.resume == "auto":
+        if folder := unfinished(cfg):
+            print(f"resume=auto: continuing {folder}", flush=True)
+            return _old(folder, cfg, typed)
         root = Path(cfg.output_dir) / cfg.name
-        for folder in sorted(root.glob("*/"), reverse=True):
-            file = folder / "config.yaml"
-            unfinished = file.exists() and not (folder / "results.json").exists()
-            if unfinished and config_sha(OmegaConf.load(file)) == config_sha(cfg):
-                print(f"resume=auto: continuing {folder}", flush=True)
-                return _old(folder, cfg, typed)
         print(f"resume=auto: no unfinished run of this configuration in {root}, starting a new one", flush=True)
         return new_run(cfg)
     folder = Path(cfg.resume)

@@ -26,8 +26,10 @@ from src.config import cli, resolve_hardware
 from src.data.feature_cache import FeatureStore
 from src.loggers import build_loggers
 from src.plots import plot_curves
+from src.ranks.launch import end_with_parent, launch, record
+from src.ranks.place import ALONE, RankFailed, Ranks, device_count, is_rank, join, leave
 from src.results import Result, write_atomic, write_results
-from src.runs import Run, open_run
+from src.runs import Run, machine_of, open_run
 from src.together.members import check_same, common_checkpoints, fitted, members, open_others
 from src.together.turns import TakeTurns, Turns, in_turn
 from src.types import UserError
@@ -36,28 +38,43 @@ from src.types import UserError
 def main(cfg: DictConfig) -> None:
     """The entry: exit code 143 after a signal, 0 at the end or at budget.stop_at_images."""
     job = HydraConfig.get()
+    typed, among_others = list(job.overrides.task), is_rank()  # asked now: Lightning clears the variables at its end
+    if not among_others:
+        machine = resolve_hardware(machine_of(cfg, typed), speaks=False).hardware
+        if device_count(machine) > 1:
+            raise SystemExit(launch(machine))
+    end_with_parent()
     try:
-        train(cfg, list(job.overrides.task), job.runtime.choices.get("experiment"))
+        train(cfg, typed, job.runtime.choices.get("experiment"))
     except Preempted as why:
         print(f"stopped by {why}; saved. Continue with: python -m src.train resume={why.folder}\nrun: {why.folder}", flush=True)
         raise SystemExit(143 if why.by_signal else 0) from None
+    except BaseException as error:
+        if not among_others:
+            raise
+        if not isinstance(error, RankFailed):
+            record(error)
+        raise SystemExit(2 if isinstance(error, UserError) else 1) from None
+    leave()
 
 
 def train(cfg: DictConfig, typed: list[str], experiment: str | None = None) -> Path:
     """One run, or several that train together, from a checked configuration to results.json. -> the folder of the one that was
     asked for. Raises Preempted once everything is saved."""
     cfg = resolve_hardware(cfg)
-    if cfg.hardware.devices != 1:
-        raise UserError(f"hardware.devices={cfg.hardware.devices}: one device trains a run; write hardware.devices=1")
+    ranks = join(resolve_hardware(machine_of(cfg, typed), speaks=False).hardware)
     torch.set_num_threads(cfg.hardware.threads)
     build.quiet()
     group = members(cfg)
     # refused before a folder is made; a resumed run is judged by its own configuration
-    run = open_run(group[0].cfg if cfg.resume else fitted(group), typed)
+    asked = group[0].cfg if cfg.resume else fitted(group)
+    run = ranks.first_does(lambda: open_run(asked, typed))
     if run.resumed:
         check_same(run, cfg, typed)
         run.cfg = resolve_hardware(run.cfg)  # the machine may be another one now
         group = members(run.cfg)
+    if ranks.several and len(group) > 1:
+        raise UserError(f"together: those who train together share one device, and this run has {ranks.count}")
     runs = [run, *open_others(run, [member.cfg for member in group[1:]])]
     if all((one.folder / "results.json").exists() for one in runs):
         print(f"already finished\nrun: {run.folder}", flush=True)
@@ -69,10 +86,10 @@ def train(cfg: DictConfig, typed: list[str], experiment: str | None = None) -> P
     began = time.monotonic()
     worlds = build.load_worlds([one.cfg for one in runs], [member.plan for member in group])
     print(f"backbone and data ready in {time.monotonic() - began:.0f} s", flush=True)
-    parts = [Part(one, world, member.label) for one, world, member in zip(runs, worlds, group, strict=True)]
+    parts = [Part(one, world, member.label, ranks) for one, world, member in zip(runs, worlds, group, strict=True)]
     outcomes = train_all(parts)
     arms = train_all(parts, NO_CONTROL) if run.cfg.control_arm else [None] * len(parts)
-    for part, outcome, arm in reversed(list(zip(parts, outcomes, arms, strict=True))):
+    for part, outcome, arm in () if not ranks.first else reversed(list(zip(parts, outcomes, arms, strict=True))):
         results = collect(part.run.cfg, part.world, outcome, arm, outcomes, experiment if part.run is run else None)
         write_results(part.run.folder / "results.json", results)
         plot_curves(part.run.folder / "metrics.jsonl", part.run.folder / "curves.png")
@@ -87,6 +104,7 @@ class Part:
     run: Run
     world: build.World
     label: str
+    ranks: Ranks = ALONE
 
 
 def train_all(parts: Sequence[Part], arm: str = "") -> list[dict]:
@@ -97,7 +115,7 @@ def train_all(parts: Sequence[Part], arm: str = "") -> list[dict]:
     left = [part for part in parts if not (part.run.folder / arm / "outcome.json").exists()]
     if left:
         turns, stop = Turns(len(left)), Stop()
-        checkpoints = common_checkpoints([part.run for part in left], arm)
+        checkpoints = parts[0].ranks.first_does(lambda: common_checkpoints([part.run for part in left], arm))
         adapters = [build.new_adapter(part.run.cfg, part.world.backbone) for part in left]
         features = build.share_passes(left[0].run.cfg, left[0].world, adapters)
 
@@ -111,7 +129,8 @@ def train_all(parts: Sequence[Part], arm: str = "") -> list[dict]:
             in_turn([go(number) for number in range(len(left))], turns, stop)
         except Preempted as why:
             raise Preempted(str(why), parts[0].run.folder, why.by_signal) from None
-    return [json.loads((part.run.folder / arm / "outcome.json").read_text()) for part in parts]
+    files = [part.run.folder / arm / "outcome.json" for part in parts]
+    return [json.loads(file.read_text()) if part.ranks.first else {} for part, file in zip(parts, files, strict=True)]
 
 
 def train_once(
@@ -125,14 +144,15 @@ def train_once(
     speaks: bool = True,
 ) -> None:
     """Train one adapter to the end of its budget and leave outcome.json. speaks: False for one that shows no progress."""
-    run, cfg, folder = part.run, part.run.cfg, part.run.folder / arm
+    run, cfg, folder, ranks = part.run, part.run.cfg, part.run.folder / arm, part.ranks
     folder.mkdir(exist_ok=True)
     build.speed_up(cfg, part.world.backbone, adapter)
     facts = announce(part, adapter, arm)
     config = OmegaConf.to_container(cfg, resolve=True)
     name = "-".join([cfg.name, run.folder.name, *([arm] if arm else [])])
-    loggers = build_loggers(cfg.logger, folder, name, config, list(cfg.tags) + ([arm] if arm else []), facts)
-    context = build.run_context(cfg, part.world, run.folder, folder, loggers, not arm, features)
+    tags = list(cfg.tags) + ([arm] if arm else [])
+    loggers = build_loggers(cfg.logger, folder, name, config, tags, facts) if ranks.first else []
+    context = build.run_context(cfg, part.world, run.folder, folder, loggers, not arm, features, ranks)
     context.stop, context.label = stop, part.label if first_callbacks else ""
     callbacks = [make(context) for make in first_callbacks]
     callbacks += [c for c in build.callbacks(cfg, context) if speaks or not isinstance(c, ImageProgress)]
@@ -147,7 +167,8 @@ def train_once(
         trainer.fit(adapter, datamodule=context.data, ckpt_path=checkpoint)
         if part.world.backbone.weight_hash() != part.world.backbone_hash:
             raise RuntimeError("the frozen backbone changed while training: this is a bug in the adapter")
-        write_atomic(folder / "outcome.json", json.dumps(summarise(context, adapter, callbacks)).encode())
+        if ranks.first:
+            write_atomic(folder / "outcome.json", json.dumps(summarise(context, adapter, callbacks)).encode())
         status = "success"
     finally:
         for logger in loggers:

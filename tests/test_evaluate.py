@@ -397,3 +397,25 @@ def test_runs_that_cannot_share_a_set_are_refused_by_what_differs(runs, tmp_path
     (other / "checkpoints").symlink_to(runs[0] / "checkpoints")
     with pytest.raises(UserError, match=r"one_stamp and other_stamp do not compare: task\.low differs, 50 and 60"):
         evaluation(f"run=[{runs[0]},{other}]", *places())
+
+
+def test_jobs_that_draw_parts_give_what_one_job_gives(runs, first, places):
+    """Each draws whole batches in a folder of its own; together they are the pictures of one job, and the numbers, too."""
+    place = places()
+    folders = {evaluation(f"run={runs[0]}", f"part={n}/2", *place) for n in (1, 0)}
+    (folder,) = folders
+    assert not (folder / "results.json").exists()
+    parts = [{f.name for f in (folder / f"parts/{n}-of-2/right").glob("*.png")} for n in range(2)]
+    assert parts[0]
+    assert parts[1]
+    assert not parts[0] & parts[1]
+    assert evaluation(f"run={runs[0]}", *place) == folder
+    mine = {name: data for name, data in files_of(folder).items() if not str(name).startswith("parts/")}
+    assert mine == files_of(first[0])
+    assert read_evaluation(folder / "results.json").metrics == read_evaluation(first[0] / "results.json").metrics
+
+
+@pytest.mark.parametrize("given", ["4/4", "1", "a/b", "-1/2"])
+def test_a_part_that_is_none_is_refused(runs, places, given):
+    with pytest.raises(UserError, match=r"write part=0/4"):
+        evaluation(f"run={runs[0]}", f"part={given}", *places())

@@ -13,7 +13,7 @@ ROWS = [
     {"adapters"},
     {
         "callbacks", "collect", "config", "build", "construct", "control_score", "embedded", "features", "fit",
-        "interop", "loggers", "matching", "plots", "results", "runs", "support", "sweep", "together", "world",
+        "interop", "loggers", "matching", "plots", "ranks", "results", "runs", "support", "sweep", "together", "world",
     },
     {"train", "evaluate", "sample", "bench", "prepare", "report", "export"},
 ]  # fmt: skip

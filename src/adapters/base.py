@@ -85,6 +85,7 @@ class ControlAdapter(pl.LightningModule):
         self.objective, self.recipe, self.name, self.condition_space = objective, optimizer, name, condition_space
         self.checkpointing = checkpointing
         self.unreached: tuple[str, ...] = ()
+        self.shards: Callable[[ControlAdapter], None] | None = None  # cuts the weights over devices, once there are some
         self.passes: Passes | None = None  # who makes the frozen pass of a training step, if not the adapter itself
 
     @classmethod
@@ -208,16 +209,25 @@ class ControlAdapter(pl.LightningModule):
     def features_of(self, condition: Tensor) -> Features:
         """`encode_condition` for whoever draws pictures: on the adapter's device, in the precision of training."""
         with self.autocast():
-            return self.encode_condition(condition.to(self.device))
+            return self.called("encode_condition", condition.to(self.device))
 
     def predictor(self, scale: float = 1.0) -> Callable[..., Tensor]:
         """predict(x, t, text, features) at a scale, in the precision of training: what `sampling.denoise` asks for."""
 
         def predict(x_BCHW: Tensor, t_B: Tensor, text: TextCond, features: Features) -> Tensor:
             with self.autocast():
-                return self.predict(self.backbone, x_BCHW, t_B, text, features, scale)
+                return self.called("predict", self.backbone, x_BCHW, t_B, text, features, scale)
 
         return predict
+
+    def called(self, method: str, *args: Any) -> Any:
+        """A method by its name, for whoever stands outside of a training step: sharded weights are put together around it."""
+        return getattr(self, method)(*args)
+
+    def configure_model(self) -> None:
+        if self.shards is not None:
+            self.shards, shards = None, self.shards
+            shards(self)
 
     def setup(self, stage: str) -> None:
         if self.backbone.net is not None:

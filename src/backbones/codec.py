@@ -49,7 +49,8 @@ class Codec(nn.Module):
 def module_hash(module: nn.Module) -> str:
     """16 hex digits over names, types, shapes and bytes of all parameters and persistent buffers."""
     digest = hashlib.blake2b(digest_size=8)
-    for name, tensor in sorted(module.state_dict().items()):
+    for name, given in sorted(module.state_dict().items()):
+        tensor = given.full_tensor() if hasattr(given, "full_tensor") else given  # of one that is cut over devices
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

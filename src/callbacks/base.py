@@ -7,6 +7,7 @@ import pytorch_lightning as pl
 
 from src.control_score import HeldOut
 from src.data.datamodule import ControlData
+from src.ranks.place import ALONE, Ranks
 from src.types import UserError
 
 
@@ -28,7 +29,8 @@ class RunContext:
     root: the run's own folder; folder: the same, or an arm's below it;
     meta: identity for checkpoints (adapter, backbone, backbone_hash, config_sha); loggers: see `src.loggers`;
     with_condition: False in a no-control arm, which is shown black pictures only;
-    validation: how often and how much; label: what to call it where several train together.
+    validation: how often and how much; label: what to call it where several train together;
+    ranks: the processes that train it, each with a device.
     """
 
     root: Path
@@ -45,6 +47,7 @@ class RunContext:
     loggers: list
     stop: Stop = field(default_factory=Stop)
     label: str = ""
+    ranks: Ranks = ALONE
     scores: dict = field(default_factory=dict)
 
     def log(self, values: dict[str, float], images_seen: int) -> None:

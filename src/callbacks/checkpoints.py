@@ -5,6 +5,7 @@ import torch
 
 from src.callbacks.base import RunContext, StepCallback, TrainingDiverged
 from src.checkpoint import META_KEY
+from src.ranks.place import local_part
 
 
 class SaveAdapter(StepCallback):
@@ -28,14 +29,17 @@ class SaveAdapter(StepCallback):
     def save(self, trainer: pl.Trainer, adapter: pl.LightningModule) -> None:
         """Write a checkpoint of the present step, unless it is there already."""
         target = self.root / f"images-{trainer.global_step * self.run.effective_batch:09d}"
-        if target.exists():
+        if self.run.ranks.agree(target.exists()):  # each may look at another moment
             return
-        for name, parameter in adapter.named_parameters():
-            if not torch.isfinite(parameter).all():
-                raise TrainingDiverged(
-                    f"{name} is not finite at step {trainer.global_step}; the last good checkpoint stays: {self.root}"
-                )
+        bad = [name for name, p in adapter.named_parameters() if not torch.isfinite(local_part(p)).all()]
+        if self.run.ranks.any(bool(bad)):
+            name = next(some[0] for some in self.run.ranks.gather(bad[:1]) if some)
+            raise TrainingDiverged(
+                f"{name} is not finite at step {trainer.global_step}; the last good checkpoint stays: {self.root}"
+            )
         trainer.save_checkpoint(target)
+        if not self.run.ranks.first:
+            return
         others = sorted(p for p in self.root.glob("images-*") if p != target)
         for old in others[: max(0, len(others) - self.keep + 1)]:
             trainer.strategy.remove_checkpoint(old)

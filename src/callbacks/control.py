@@ -1,5 +1,6 @@
 """Validation: the loss and the control scores of all arms on fixed prompts, conditions and noise, and a picture grid."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from PIL import Image
 from src.callbacks.base import RunContext, StepCallback
 from src.callbacks.ema import AdapterEMA
 from src.callbacks.stopper import GracefulStop
-from src.control_score import ARMS, NONE, RIGHT, WRONG, ZERO, named, sample_arm, score_rows
+from src.control_score import ARMS, NONE, RIGHT, SAMPLE_BATCH, WRONG, ZERO, named, sample_arm, score_rows
 from src.metrics.intervals import bootstrap_ci
 from src.plots import GRID_COLUMNS, GRID_ROWS, plot_grid
 from src.rng import wrong_row
@@ -21,7 +22,8 @@ class ControlValidation(StepCallback):
 
     Logs val/loss and val/<metric>[/<arm>], writes grids/, and notes the first images_seen at which the right condition
     beats a wrong one for certain (val/images_to_control, val/steps_to_control). A resumed run makes up for a
-    validation that its predecessor did not finish.
+    validation that its predecessor did not finish. Where several processes train, each draws a part, and the first judges:
+    one that drew alone would keep the others waiting for most of a validation.
     """
 
     def __init__(self, *, run: RunContext):
@@ -53,6 +55,7 @@ class ControlValidation(StepCallback):
     def validate(self, trainer: pl.Trainer, adapter: pl.LightningModule, images_seen: int, last: bool) -> None:
         """One validation with the averaged weights; leaves training untouched, to the bit."""
         ema = next(c for c in trainer.callbacks if isinstance(c, AdapterEMA))
+        ranks = self.run.ranks
         stopper = next(c for c in trainer.callbacks if isinstance(c, GracefulStop))
         rows = list(range(self.run.validation["final_images" if last else "images"]))
         adapter.eval()
@@ -61,16 +64,36 @@ class ControlValidation(StepCallback):
 
                 def pause() -> None:
                     # leaving early must happen with the trained weights in place, so only a flag is raised here
-                    if self.run.stop.requested is not None:
+                    asked = self.run.stop.requested is not None
+                    if asked if ranks.cuts else ranks.any(asked):
                         raise InterruptedError
 
-                losses = self._losses(adapter, pause)
+                losses = self._together(lambda: self._losses(adapter, pause))
                 arms = ARMS if self.run.with_condition else (ZERO,)
-                pictures = {arm: self._pictures(adapter, arm, rows, pause) for arm in arms}
+                pictures = {arm: self._together(lambda arm=arm: self._pictures(adapter, arm, rows, pause)) for arm in arms}
         except InterruptedError:
+            stopper.agree()
             stopper.leave_if_asked(trainer, adapter)
         finally:
             adapter.train()
+        if ranks.first:
+            losses = np.concatenate([losses[place] for place in sorted(losses)])
+            drawn = {arm: np.stack([found[row] for row in rows]) for arm, found in pictures.items()}
+            self._judge(drawn, losses, rows, images_seen, last)
+
+    def _together(self, work: Callable[[], dict]) -> dict:
+        """What every rank found, in one. Raises InterruptedError on all if one of them was asked to end."""
+        try:
+            found = work()
+        except InterruptedError:
+            found = None
+        every = self.run.ranks.gather(found) if self.run.ranks.cuts else [found]
+        if None in every:
+            raise InterruptedError
+        return {key: value for one in every for key, value in one.items()}
+
+    def _judge(self, pictures: dict, losses: np.ndarray, rows: list[int], images_seen: int, last: bool) -> None:
+        """Score what was drawn, and tell and keep it."""
         scores = {arm: score_rows(self.run.held, rows, p) for arm, p in pictures.items()}
         flat = {named(m, arm): values for arm, by_metric in scores.items() for m, values in by_metric.items()}
         if self.run.with_condition:
@@ -91,22 +114,26 @@ class ControlValidation(StepCallback):
                 self._write_examples()
 
     @torch.no_grad()
-    def _losses(self, adapter: pl.LightningModule, pause) -> np.ndarray:
-        losses = []
-        for batch in self.run.data.val_dataloader():
+    def _losses(self, adapter: pl.LightningModule, pause) -> dict[int, np.ndarray]:
+        """Number of a batch -> losses of its images, of this rank's batches."""
+        loader, losses = self.run.data.val_dataloader(), {}
+        wanted = set(self.run.ranks.mine(range(len(loader)), 1))
+        for number, batch in enumerate(loader):
+            if number not in wanted:
+                continue
             pause()
             with adapter.autocast():
-                losses.append(adapter.losses(batch.to(adapter.device)).cpu())
-        return torch.cat(losses).double().numpy()
+                losses[number] = adapter.called("losses", batch.to(adapter.device)).cpu().double().numpy()
+        return losses
 
-    def _pictures(self, adapter: pl.LightningModule, arm: str, rows: list[int], pause) -> np.ndarray:
-        if arm != NONE:
-            return sample_arm(adapter, self.run.held, arm, rows, pause)
-        fresh = [r for r in rows if r not in self._alone]
-        if fresh:
-            made = sample_arm(adapter, self.run.held, arm, fresh, pause)
-            self._alone.update(zip(fresh, made, strict=True))
-        return np.stack([self._alone[r] for r in rows])
+    def _pictures(self, adapter: pl.LightningModule, arm: str, rows: list[int], pause) -> dict[int, np.ndarray]:
+        """Row -> picture, of this rank's rows."""
+        rows = self.run.ranks.mine(rows, SAMPLE_BATCH)
+        fresh = [r for r in rows if arm != NONE or r not in self._alone]
+        made = dict(zip(fresh, sample_arm(adapter, self.run.held, arm, fresh, pause), strict=True)) if fresh else {}
+        if arm == NONE:
+            self._alone.update(made)
+        return {r: made[r] if r in made else self._alone[r] for r in rows}
 
     def _note_control(self, scores: dict, images_seen: int) -> None:
         metric, (_, better) = next(iter(self.run.held.task.metrics.items()))

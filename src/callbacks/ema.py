@@ -9,6 +9,7 @@ from torch import Tensor
 
 from src.callbacks.base import RunContext, StepCallback
 from src.checkpoint import EMA_KEY
+from src.ranks.strategies import placed_as
 
 
 class AdapterEMA(StepCallback):
@@ -55,8 +56,7 @@ class AdapterEMA(StepCallback):
 
     def on_load_checkpoint(self, trainer: pl.Trainer, adapter: pl.LightningModule, checkpoint: dict) -> None:
         if self.run.ema_decay and EMA_KEY in checkpoint:
-            device = adapter.device
-            self.average = {k: checkpoint[EMA_KEY][k].to(device).clone() for k in _trained(adapter)}
+            self.average = {k: placed_as(p.detach(), checkpoint[EMA_KEY][k]).clone() for k, p in _trained(adapter).items()}
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from src.callbacks.base import RunContext, StepCallback, TrainingDiverged
+from src.ranks.place import whole
 
 
 class ThroughputMeter(StepCallback):
@@ -49,7 +50,7 @@ class ThroughputMeter(StepCallback):
             row = {
                 "train/loss": sum(losses) / len(losses),
                 "train/lr": trainer.optimizers[0].param_groups[0]["lr"],
-                "train/grad_norm": float(adapter.last_grad_norm),
+                "train/grad_norm": float(whole(adapter.last_grad_norm)),
                 "train/step_time_ms": middle,
                 "train/img_per_s": 1000 * self.run.effective_batch / middle,
                 "train/peak_mem_gib": peak_mem_gib(adapter.device),
@@ -76,10 +77,11 @@ class ThroughputMeter(StepCallback):
     def _read_losses(self) -> list[float]:
         """The losses since the last row. Raises TrainingDiverged, naming the images of the first that is not finite."""
         values = torch.stack([loss for loss, _ in self._losses]).tolist() if self._losses else []
-        for value, (_, ids) in zip(values, self._losses, strict=True):
-            if value - value != 0:  # NaN and Inf
-                raise TrainingDiverged(f"loss is {value} at images {ids}; lower the rate, e.g. optimizer.algorithm.lr")
-        return values
+        bad = [(value, ids) for value, (_, ids) in zip(values, self._losses, strict=True) if value - value != 0]  # NaN, Inf
+        if self.run.ranks.any(bool(bad)):
+            value, ids = next(some[0] for some in self.run.ranks.gather(bad[:1]) if some)
+            raise TrainingDiverged(f"loss is {value} at images {ids}; lower the rate, e.g. optimizer.algorithm.lr")
+        return self.run.ranks.mean(values)
 
     def _read_times(self) -> None:
         """Put the steps since the last reading into the books."""

@@ -32,7 +32,14 @@ class GracefulStop(StepCallback):
         reached = limit is not None and limit <= images_seen < self.run.total_images
         if stop.requested is None and reached:
             stop.requested = "budget.stop_at_images"
+        self.agree()
         self.leave_if_asked(trainer, adapter)
+
+    def agree(self) -> None:
+        """A signal to one rank asks all of them, after the same step."""
+        stop, ranks = self.run.stop, self.run.ranks
+        if ranks.any(stop.requested is not None):
+            stop.requested = next(name for name in ranks.gather(stop.requested) if name is not None)
 
     def leave_if_asked(self, trainer: pl.Trainer, adapter: pl.LightningModule) -> None:
         """Save and raise `Preempted` if a signal has come; only ever called between optimizer steps."""

@@ -41,6 +41,7 @@ class EvaluateKeys:
     compare: list[str] = MISSING
     n: int | None = key(least=2)
     arms: list[str] = MISSING
+    part: str | None = MISSING
     solver: str = key(choices=tuple(SOLVERS))
     steps: int = key(least=1)
     guidance: float = key(least=0)

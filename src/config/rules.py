@@ -13,6 +13,7 @@ import torch
 from omegaconf import MISSING, DictConfig, OmegaConf, open_dict
 
 from src.config.compose import COMMAND_LINE, CONF
+from src.config.devices import check_devices
 from src.config.messages import ConfigError, Incompatible, Where
 
 GIB = 2**30
@@ -20,6 +21,8 @@ FP8_CAPABILITY = (9, 0)  # CUDA compute capability of Hopper: fp8 products with 
 # pixels: autoencoder factor 8 x patch 2; a U-Net's depends on its levels, and is asked when its configuration is read
 MULTIPLES = {"src.backbones.mmdit.": 16, "src.backbones.dit.": 16}
 PROFILES = (("h200", 120), ("gpu_80g", 70), ("gpu_24g", 0))  # name, from how many GiB of one device
+# keys of hardware/ that came later: a stored run gets what they stand at in the CPU's profile
+ADDED = ("compile", "cuda_graphs", "channels_last", "fit", "overlap", "nodes", "shard", "timeout_s")
 # Not science: where things go and how fast they get there. Dotted keys; a prefix covers what is below it.
 NOT_SCIENCE = ("hardware", "logger", "output_dir", "cache_dir", "out", "workers", "resume", "sweep", "tags", "name")
 NOT_SCIENCE += ("data.index_dir", "together", "together_tasks", "feature_cache.budget_gib")
@@ -31,8 +34,8 @@ NOT_SCIENCE += ("budget.stop_at_images", *(f"callbacks.{name}" for name in ("sto
 # ---- hardware ---------------------------------------------------------------------------------------------------------
 
 
-def resolve_hardware(cfg: DictConfig) -> DictConfig:
-    """A copy of cfg whose hardware is concrete and fits this machine; says in one line each what it decided.
+def resolve_hardware(cfg: DictConfig, speaks: bool = True) -> DictConfig:
+    """A copy of cfg whose hardware is concrete and fits this machine; says in one line each what it decided, if it speaks.
 
     `auto` takes the profile of conf/hardware/ that fits what torch finds; keys set by hand stay. A micro batch above the
     effective batch is lowered to it. Raises Incompatible for a GPU profile where there is no such GPU.
@@ -47,7 +50,7 @@ def resolve_hardware(cfg: DictConfig) -> DictConfig:
         if micro < hardware["micro_batch"]:
             lines.append(f"hardware.micro_batch lowered from {hardware['micro_batch']} to {micro}: a whole optimizer step")
             hardware["micro_batch"] = micro
-    for line in lines:
+    for line in lines if speaks else ():
         print(line, flush=True)
     with open_dict(cfg):
         cfg.hardware = OmegaConf.merge(cfg.hardware, hardware)
@@ -55,13 +58,18 @@ def resolve_hardware(cfg: DictConfig) -> DictConfig:
 
 
 def accumulation(cfg: DictConfig) -> int:
-    """Micro batches per optimizer step on each device: effective_batch / (micro_batch * devices)."""
+    """Micro batches per optimizer step on each device: effective_batch / (micro_batch * devices of all nodes)."""
     hardware, _ = _concrete(OmegaConf.to_container(cfg.hardware, resolve=True))
-    return cfg.budget.effective_batch // (_micro_batch(hardware, cfg.budget.effective_batch) * hardware["devices"])
+    return cfg.budget.effective_batch // (_micro_batch(hardware, cfg.budget.effective_batch) * _devices(hardware))
+
+
+def _devices(hardware: dict[str, Any]) -> int:
+    """On all nodes together."""
+    return hardware["devices"] * hardware["nodes"]
 
 
 def _micro_batch(hardware: dict[str, Any], effective: int) -> int:
-    return min(hardware["micro_batch"], max(1, effective // hardware["devices"]))
+    return min(hardware["micro_batch"], max(1, effective // _devices(hardware)))
 
 
 def _concrete(hardware: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -84,7 +92,7 @@ def _concrete(hardware: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
 def _of_today(hardware: dict[str, Any]) -> dict[str, Any]:
     """The node of a stored run, which may be from before some keys: those get what they stand at in the CPU's profile."""
     profile = _profile("cpu")
-    added = {k: v for k, v in profile.items() if k in ("compile", "cuda_graphs", "channels_last", "fit", "overlap")}
+    added = {k: v for k, v in profile.items() if k in ADDED}
     old = {}
     if isinstance(hardware.get("checkpointing"), bool):
         old["checkpointing"] = "both" if hardware["checkpointing"] else "none"
@@ -111,6 +119,7 @@ def check_together(tree: dict, where: Where) -> list[str]:
     if "hardware" in tree:
         hardware = _concrete(tree["hardware"])[0]
         _check_switches(hardware, tree.get("reuse", 1), where)
+        check_devices(tree, hardware, functools.partial(_clash, where))
         _check_quantize(tree.get("backbone", {}), hardware, where)
         _check_optimizer(tree.get("optimizer", {}), hardware, where)
     if "budget" in tree:
@@ -195,7 +204,7 @@ def _check_budget(budget: dict[str, Any], where: Where) -> None:
 
 
 def _check_batches(effective: int, hardware: dict[str, Any], where: Where) -> None:
-    micro, devices = _micro_batch(hardware, effective), hardware["devices"]
+    micro, devices = _micro_batch(hardware, effective), _devices(hardware)
     keys = ("budget.effective_batch", "hardware.micro_batch", "hardware.devices")
     if effective % devices:
         fewer = next(d for d in range(devices, 0, -1) if effective % d == 0)

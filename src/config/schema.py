@@ -54,7 +54,10 @@ class HardwareConfig:
     cuda_graphs: bool | None = MISSING
     channels_last: bool | None = MISSING
     overlap: bool | None = MISSING
-    strategy: str | None = MISSING
+    strategy: str | None = _key(choices=("auto", "ddp", "fsdp"))
+    nodes: int | None = _key(least=1)
+    shard: str | None = _key(choices=("adapter", "both"))
+    timeout_s: float | None = _key(least=1)
     memory_gib: float | None = _key(least=0)
     fit: str | None = _key(choices=typing.get_args(Fit))
     rates: dict[str, Any] | None = MISSING

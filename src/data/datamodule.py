@@ -96,25 +96,41 @@ class ImageStream(Dataset):
 
 class PositionSampler:
     """Lists of positions, one per micro-batch, from `start` to `stop`. Its length is that of the whole run: the trainer
-    counts batches from the beginning, also after a resume."""
+    counts batches from the beginning, also after a resume.
 
-    def __init__(self, start: int, stop: int, micro_batch: int):
+    rank, ranks: this process among those that train together; each takes its own, equal part of every optimizer step of
+    `step` images, so that together they see what one process would.
+    """
+
+    def __init__(self, start: int, stop: int, micro_batch: int, rank: int = 0, ranks: int = 1, step: int = 0):
         self.start, self.stop, self.micro_batch = start, stop, micro_batch
+        self.rank, self.ranks, self.step = rank, ranks, step
 
     def __iter__(self):
-        for first in range(self.start, self.stop, self.micro_batch):
-            yield list(range(first, min(first + self.micro_batch, self.stop)))
+        if self.ranks == 1:
+            yield from self._cut(self.start, self.stop)
+            return
+        share = self.step // self.ranks
+        for first in range(self.start, self.stop, self.step):
+            yield from self._cut(first + self.rank * share, first + (self.rank + 1) * share)
 
     def __len__(self) -> int:
-        return -(-self.stop // self.micro_batch)
+        return -(-self.stop // (self.micro_batch * self.ranks))
+
+    def _cut(self, start: int, stop: int):
+        for first in range(start, stop, self.micro_batch):
+            yield list(range(first, min(first + self.micro_batch, stop)))
 
 
 class ControlData(pl.LightningDataModule):
     """train and val streams as loaders.
 
     total_images: length of the training stream (a whole number of optimizer steps); start: images already seen;
-    micro_batch, workers: speed only. val_images: how many held-out rows the validation loss reads.
+    micro_batch, workers: speed only. val_images: how many held-out rows the validation loss reads. rank, ranks, step: see
+    `PositionSampler`.
     """
+
+    rank, ranks, step = 0, 1, 0
 
     def __init__(
         self, train: ImageStream, val: ImageStream, total_images: int, micro_batch: int, workers: int, val_images: int
@@ -125,7 +141,9 @@ class ControlData(pl.LightningDataModule):
         self.start = 0
 
     def train_dataloader(self) -> DataLoader:
-        return self._loader(self.train_stream, PositionSampler(self.start, self.total_images, self.micro_batch), self.workers)
+        among = (self.rank, self.ranks, self.step)
+        positions = PositionSampler(self.start, self.total_images, self.micro_batch, *among)
+        return self._loader(self.train_stream, positions, self.workers)
 
     def val_dataloader(self) -> DataLoader:
         return self._loader(self.val_stream, PositionSampler(0, self.val_images, self.micro_batch), 0)

@@ -25,18 +25,20 @@ from src.types import UserError
 if TYPE_CHECKING:
     from src.build import Sampler
 
+PARTS = "parts"
 FOLDERS = {arm: arm or "right" for arm in ARMS}  # arm -> the folder of its pictures
 
 
 @dataclass
 class Work:
-    """What all adapters of one command share. opened: the set, and `first` the conditions that it was opened for."""
+    """What all adapters of one command share. part: (number, count) where several jobs share the drawing; opened: the set, and `first` the conditions that it was opened for."""
 
     cfg: DictConfig
     plan: Plan
     measures: Measures
     arms: tuple[str, ...]
     batches: Batches
+    part: tuple[int, int] | None = None
     first: tuple[str, dict] | None = None
     opened: EvaluationSet | None = None
 
@@ -57,9 +59,9 @@ def evaluate(cfg: DictConfig, subjects: Sequence[Subject]) -> Path:
     from src import build
 
     build.quiet()
-    work = Work(cfg, plan, measures, arms, Batches(cfg.batch, say))
+    work = Work(cfg, plan, measures, arms, Batches(cfg.batch, say), drawn_part(cfg.part))
     folders = [evaluate_one(work, subject) for subject in subjects]
-    return folders[0] if len(folders) == 1 else compare(folders, folders[0].parent, say)
+    return folders[0] if len(folders) == 1 or work.part else compare(folders, folders[0].parent, say)
 
 
 def named_arms(given: Sequence[str]) -> tuple[str, ...]:
@@ -84,7 +86,11 @@ def evaluate_one(work: Work, subject: Subject) -> Path:
         work.first, work.opened = (subject.label, conditions), open_set(work.plan, model.task, group / "set", say)
     held = held_out(work, model, solver)
     adapter_hash = module_hash(model.adapter)
-    kept = PictureFolder(group / f"{subject.label}-{adapter_hash[:8]}", say)
+    folder = group / f"{subject.label}-{adapter_hash[:8]}"
+    if work.part:
+        return draw_part(work, model, held, folder)
+    kept = PictureFolder(folder, say)
+    put_together(kept, work)
     device = torch.cuda.get_device_name() if cfg.hardware.accelerator == "gpu" else "cpu"
     drawing = {"device": device, "threads": cfg.hardware.threads, "batch": cfg.batch, "torch": torch.__version__}
     progress = draw(work, model, held, kept, drawing)
@@ -120,7 +126,8 @@ def draw(work: Work, model: "Sampler", held: HeldOut, kept: PictureFolder, drawi
     """Every arm's pictures that are not there yet. Batches are those of a run from the beginning, so that a picture has the
     neighbours that it would have had, and the same last bit."""
     rows = range(len(work.plan))
-    if NONE in work.arms:
+    number, count = work.part or (0, 1)
+    if NONE in work.arms and not work.part:
         adopt(kept, names(FOLDERS[NONE], rows), drawing)
     wanted = {arm: dict(zip(rows, names(FOLDERS[arm], rows), strict=True)) for arm in work.arms}
     there = sum(name in kept.files for of_arm in wanted.values() for name in of_arm.values())
@@ -130,13 +137,45 @@ def draw(work: Work, model: "Sampler", held: HeldOut, kept: PictureFolder, drawi
     progress = Progress(f"{kept.folder.name}: picture", total, there, say)
     for arm, of_arm in wanted.items():
         missing = {row // work.cfg.batch for row, name in of_arm.items() if name not in kept.files}
-        again = [row for row in rows if row // work.cfg.batch in missing]
+        again = [row for row in rows if (of := row // work.cfg.batch) in missing and of % count == number]
         for some, pictures in drawn(model.adapter, held, arm, again, work.batches):
             fresh = [(row, p) for row, p in zip(some, pictures, strict=True) if of_arm[row] not in kept.files]
             for row, picture in fresh:
                 kept.write(of_arm[row], picture)
             progress.add(len(fresh))
     return progress
+
+
+def drawn_part(given: str | None) -> tuple[int, int] | None:
+    """`0/4` -> (0, 4). Raises UserError for anything else."""
+    if given is None:
+        return None
+    number, _, count = given.partition("/")
+    if not (number.isdigit() and count.isdigit() and int(number) < int(count)):
+        raise UserError(f"part={given}: write part=0/4, part=1/4 and so on, one for each job")
+    return int(number), int(count)
+
+
+def draw_part(work: Work, model: "Sampler", held: HeldOut, folder: Path) -> Path:
+    """Every count-th batch of every arm, in a folder of its own, so that jobs wait for nobody. -> the folder of the whole."""
+    number, count = work.part
+    kept = PictureFolder(folder / PARTS / f"{number}-of-{count}", say)
+    draw(work, model, held, kept, {})
+    kept.close()
+    say(
+        f"part {number} of {count}: {len(kept.files)} pictures; when all are drawn, the same command without part= measures them"
+    )
+    return folder
+
+
+def put_together(kept: PictureFolder, work: Work) -> None:
+    """Take over what parts have drawn: the pictures that this process would draw, in the same batches."""
+    wanted = {name for arm in work.arms for name in names(FOLDERS[arm], range(len(work.plan)))} - kept.files.keys()
+    for folder in sorted((kept.folder / PARTS).glob("*-of-*")) if wanted else ():
+        part = PictureFolder(folder, say)  # refused while it is being drawn
+        for name in sorted(wanted & part.files.keys()):
+            kept.adopt(folder / name, name, part.files[name].sha256)
+        part.close()
 
 
 def adopt(kept: PictureFolder, wanted: Sequence[str], drawing: dict) -> None:
