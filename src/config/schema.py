@@ -4,7 +4,6 @@ A default is written once, in yaml. Groups with a `_target_` are free mappings w
 that they name.
 """
 
-import typing
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -12,10 +11,10 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
 from src.config.evaluation import EvaluateKeys
+from src.config.hardware import HardwareConfig
 from src.config.keys import NODE, NODES
 from src.config.keys import key as _key
 from src.objectives import TIME_LAWS
-from src.types import Checkpointing, Compile, Fit
 
 
 @dataclass
@@ -36,31 +35,6 @@ class ValidationConfig:
     final_images: int = _key(least=1)
     steps: int = _key(least=1)
     guidance: float = _key(least=0)
-
-
-@dataclass
-class HardwareConfig:
-    """Speed only: nothing here may change a result. In `auto`, null is filled in from the profile that fits the machine."""
-
-    name: str = MISSING
-    accelerator: str = _key(choices=("auto", "cpu", "gpu"))
-    devices: int | None = _key(least=1)
-    precision: str | None = _key(choices=("32-true", "bf16-mixed", "16-mixed"))
-    micro_batch: int | None = _key(least=1)
-    workers: int | None = _key(least=0)
-    threads: int | None = _key(least=1)
-    checkpointing: str | None = _key(choices=typing.get_args(Checkpointing))
-    compile: str | None = _key(choices=typing.get_args(Compile))
-    cuda_graphs: bool | None = MISSING
-    channels_last: bool | None = MISSING
-    overlap: bool | None = MISSING
-    strategy: str | None = _key(choices=("auto", "ddp", "fsdp"))
-    nodes: int | None = _key(least=1)
-    shard: str | None = _key(choices=("adapter", "both"))
-    timeout_s: float | None = _key(least=1)
-    memory_gib: float | None = _key(least=0)
-    fit: str | None = _key(choices=typing.get_args(Fit))
-    rates: dict[str, Any] | None = MISSING
 
 
 @dataclass

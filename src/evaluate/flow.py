@@ -31,7 +31,8 @@ FOLDERS = {arm: arm or "right" for arm in ARMS}  # arm -> the folder of its pict
 
 @dataclass
 class Work:
-    """What all adapters of one command share. part: (number, count) where several jobs share the drawing; opened: the set, and `first` the conditions that it was opened for."""
+    """What all adapters of one command share. part: (number, count) where several jobs share the drawing; opened: the set, and
+    `first` the conditions that it was opened for."""
 
     cfg: DictConfig
     plan: Plan
@@ -162,9 +163,7 @@ def draw_part(work: Work, model: "Sampler", held: HeldOut, folder: Path) -> Path
     kept = PictureFolder(folder / PARTS / f"{number}-of-{count}", say)
     draw(work, model, held, kept, {})
     kept.close()
-    say(
-        f"part {number} of {count}: {len(kept.files)} pictures; when all are drawn, the same command without part= measures them"
-    )
+    say(f"part {number} of {count}: {len(kept.files)} pictures; when all are drawn, the same command without part= measures")
     return folder
 
 
