@@ -12,7 +12,8 @@ ROWS = [
     {"sampling", "checkpoint", "profiling", "metrics"},
     {"adapters"},
     {
-        "callbacks", "collect", "config", "build", "construct", "control_score", "embedded", "features", "fit",
+        "callbacks", "collect", "config", "build", "construct", "control_score", "embedded", "events", "faults",
+        "features", "fit",
         "interop", "loggers", "matching", "plots", "results", "runs", "support", "sweep", "together", "world",
     },
     {"train", "evaluate", "sample", "bench", "prepare", "report", "export"},

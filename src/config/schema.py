@@ -57,6 +57,7 @@ class HardwareConfig:
     strategy: str | None = MISSING
     memory_gib: float | None = _key(least=0)
     fit: str | None = _key(choices=typing.get_args(Fit))
+    oom: str | None = _key(choices=("stop", "halve"))
     rates: dict[str, Any] | None = MISSING
 
 
