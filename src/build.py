@@ -34,8 +34,10 @@ from src.world import Plan, World, backbone_dtype, cached, device_of, load_world
 
 __all__ = ["Plan", "World", "backbone_dtype", "cached", "device_of", "load_world", "load_worlds", "plan"]
 CALLBACK_ORDER = (
+    "vitals",
     "meter",
     "ema",
+    "guard",
     "control",
     "checkpoints",
     "stopper",
@@ -222,7 +224,7 @@ def run_context(
 def callbacks(cfg: DictConfig, run: RunContext) -> list[pl.Callback]:
     """The configured callbacks in the order in which they must act."""
     named = {name: node for name, node in cfg.callbacks.items() if node}
-    missing = [name for name in CALLBACK_ORDER if name not in named and name != "progress"]
+    missing = [name for name in CALLBACK_ORDER if name not in named and name not in ("progress", "vitals")]
     if missing:
         raise UserError(f"callbacks {missing} are missing: a run cannot do without; ema_decay=0 switches the average off")
     ordered = [n for n in CALLBACK_ORDER if n in named] + [n for n in named if n not in CALLBACK_ORDER]

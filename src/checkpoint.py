@@ -28,15 +28,31 @@ class CheckpointError(UserError):
     """A checkpoint that cannot be read, or belongs to something else."""
 
 
+class FormatError(CheckpointError):
+    """A checkpoint in a format that this version does not read."""
+
+
+class NotSaved(OSError):
+    """A checkpoint that could not be written. Nothing was changed: what was there before still is."""
+
+
 class AdapterCheckpointIO(CheckpointIO):
     """Lightning's way to our folders: its checkpoint dictionary is split into weights, moving average, meta and state."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        """Write beside the target, sync, read back, rename. The old checkpoint of that name goes last."""
+        """Write beside the target, sync, read back, rename. The old checkpoint of that name goes last. Raises NotSaved."""
         target = Path(path)
+        part = target.with_name(f".{target.name}.part")
+        try:
+            self._write(checkpoint, target, part)
+        # safetensors and torch have errors of their own for a full disk
+        except (OSError, SafetensorError, RuntimeError, CheckpointError) as error:
+            shutil.rmtree(part, ignore_errors=True)
+            raise NotSaved(f"{target}: {str(error).splitlines()[0]}") from error
+
+    def _write(self, checkpoint: dict[str, Any], target: Path, part: Path) -> None:
         rest = dict(checkpoint)
         weights, ema, meta = rest.pop("state_dict"), rest.pop(EMA_KEY, None), rest.pop(META_KEY)
-        part = target.with_name(f".{target.name}.part")
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         save_file(_plain(weights), part / "adapter.safetensors")
@@ -77,29 +93,47 @@ def verify(folder: Path) -> None:
             load_file(folder / "adapter_ema.safetensors")
         torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
         read_meta(folder)
+    except FormatError:
+        raise
     except (OSError, SafetensorError, UnpicklingError, RuntimeError, ValueError, KeyError, EOFError) as error:
         raise CheckpointError(f"{folder} is not a whole checkpoint: {str(error).splitlines()[0]}") from error
 
 
 def read_meta(folder: Path) -> dict:
-    """The meta of a checkpoint. Raises CheckpointError for another format version."""
+    """The meta of a checkpoint. Raises FormatError for another format version."""
     meta = json.loads((folder / "meta.json").read_text())
     if meta.get("format") != FORMAT:
-        raise CheckpointError(f"{folder} has checkpoint format {meta.get('format')}, this version reads {FORMAT}")
+        raise FormatError(f"{folder} has checkpoint format {meta.get('format')}, this version reads {FORMAT}")
     return meta
 
 
 def newest(checkpoints: Path) -> Path | None:
-    """The newest whole checkpoint of a run, by images seen; broken ones are passed over, half-written ones removed."""
-    for part in checkpoints.glob(".*.part"):
-        shutil.rmtree(part, ignore_errors=True)
+    """The newest whole checkpoint of a run, by images seen; broken ones are passed over. Raises FormatError for one that is
+    newer than all whole ones and in another format: the run went further than this version can follow."""
     for folder in sorted((p for p in checkpoints.glob("images-*") if p.is_dir()), reverse=True):
         try:
             verify(folder)
             return folder
+        except FormatError:
+            raise
         except CheckpointError as error:
             print(f"passed over: {error}")
     return None
+
+
+def tidy(checkpoints: Path) -> None:
+    """Clear away what a killed process left half done; only for the process that holds the run.
+
+    A checkpoint that was being replaced when it happened is put back.
+    """
+    for part in checkpoints.glob(".images-*.part"):
+        shutil.rmtree(part, ignore_errors=True)
+    for old in checkpoints.glob(".images-*.old"):
+        target = old.with_name(old.name.removeprefix(".").removesuffix(".old"))
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.replace(old, target)
 
 
 def fitting_weights(folder: Path, own: dict[str, Tensor], meta: dict, ema: bool = True) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from src.adapters.base import ControlAdapter
 from src.callbacks.base import RunContext
 from src.callbacks.control import ControlValidation
+from src.callbacks.guard import StepGuard
 from src.callbacks.meter import ThroughputMeter, peak_mem_gib
 from src.config import config_sha
 from src.control_score import ARMS, RIGHT, ZERO, ceiling, control_entries, named
@@ -30,6 +31,7 @@ def summarise(context: RunContext, adapter: ControlAdapter, callbacks: list) -> 
     """What a finished training leaves behind for results.json."""
     control = next(c for c in callbacks if isinstance(c, ControlValidation))
     meter = next(c for c in callbacks if isinstance(c, ThroughputMeter))
+    guard = next(c for c in callbacks if isinstance(c, StepGuard))
     return {
         "images_seen": context.total_images,
         "train_seconds": round(meter.train_seconds, 1),
@@ -37,6 +39,7 @@ def summarise(context: RunContext, adapter: ControlAdapter, callbacks: list) -> 
         "peak_mem_gib": peak_mem_gib(adapter.device),
         "trainable_parts_m": adapter.trainable_parts_m(),
         "images_to_control": control.images_to_control,
+        "skipped_steps": guard.skipped,
         "ids": context.held.stores.ids[: context.validation["final_images"]],
         "scores": {k: [float(x) for x in v] for k, v in control.final_scores.items()},
     }

@@ -110,6 +110,10 @@ def double(features: Features | None) -> Features | None:
     return torch.cat([features, features]) if isinstance(features, Tensor) else tuple(torch.cat([f, f]) for f in features)
 
 
+class NoRoom(UserError):
+    """Not even one picture fits the memory."""
+
+
 class Batches:
     """How many pictures are drawn at once, `size`: halved for good when memory runs out. Speed only; `said` is told.
 
@@ -120,7 +124,7 @@ class Batches:
         self.size, self.said = size, said
 
     def over(self, rows: Sequence[int], draw: Callable[[list[int]], T]) -> Iterator[tuple[list[int], T]]:
-        """draw(some rows) for all rows, in their order. Raises UserError if a single one does not fit the memory."""
+        """draw(some rows) for all rows, in their order. Raises NoRoom if a single one does not fit the memory."""
         first = 0
         while first < len(rows):
             some = list(rows[first : first + self.size])
@@ -138,7 +142,7 @@ class Batches:
             if not is_out_of_memory(error):
                 raise
             if len(some) == 1:
-                raise UserError(
+                raise NoRoom(
                     "drawing runs out of memory at one picture at a time; take a smaller resolution or a larger device"
                 ) from error
         self.size = max(1, len(some) // 2)

@@ -5,6 +5,7 @@
 The last line printed is `run: <folder>`; what is in it: README.md.
 """
 
+import errno
 import json
 import sys
 import time
@@ -17,9 +18,10 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from src import build, support
+from src import build, faults, support
 from src.adapters.base import ControlAdapter
 from src.callbacks.base import Preempted, RunContext, Stop
+from src.callbacks.meter import peak_mem_gib
 from src.callbacks.progress import ImageProgress
 from src.collect import NO_CONTROL, collect, summarise
 from src.config import cli, resolve_hardware
@@ -29,8 +31,8 @@ from src.plots import plot_curves
 from src.ranks.launch import end_with_parent, launch, record
 from src.ranks.place import ALONE, RankFailed, Ranks, device_count, is_rank, join, leave
 from src.results import Result, write_atomic, write_results
-from src.runs import Run, machine_of, open_run
-from src.together.members import check_same, common_checkpoints, fitted, members, open_others
+from src.runs import Run, held, machine_of, open_run
+from src.together.members import Member, check_same, common_checkpoints, fitted, members, open_others
 from src.together.turns import TakeTurns, Turns, in_turn
 from src.types import UserError
 
@@ -47,15 +49,29 @@ def main(cfg: DictConfig) -> None:
     try:
         train(cfg, typed, job.runtime.choices.get("experiment"))
     except Preempted as why:
-        print(f"stopped by {why}; saved. Continue with: python -m src.train resume={why.folder}\nrun: {why.folder}", flush=True)
+        saved = "saved" if why.saved else "NOT saved, for the disk has no room: it goes on from the checkpoint before"
+        print(
+            f"stopped by {why}; {saved}. Continue with: python -m src.train resume={why.folder}\nrun: {why.folder}", flush=True
+        )
         raise SystemExit(143 if why.by_signal else 0) from None
     except BaseException as error:
-        if not among_others:
+        told = _full_disk(error) or error
+        if among_others:
+            if not isinstance(told, RankFailed):
+                record(told)
+            raise SystemExit(2 if isinstance(told, UserError) else 1) from None
+        if told is error:
             raise
-        if not isinstance(error, RankFailed):
-            record(error)
-        raise SystemExit(2 if isinstance(error, UserError) else 1) from None
+        raise told from error
     leave()
+
+
+def _full_disk(error: BaseException) -> UserError | None:
+    """The line for a disk without room; None for any other error."""
+    if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return None
+    where = f" at {error.filename}" if error.filename else ""
+    return UserError(f"the disk is full{where}; free some space, and go on with resume=auto: {error.strerror}")
 
 
 def train(cfg: DictConfig, typed: list[str], experiment: str | None = None) -> Path:
@@ -83,7 +99,12 @@ def train(cfg: DictConfig, typed: list[str], experiment: str | None = None) -> P
         fitted(group)
         for one, member in zip(runs, group, strict=True):
             one.cfg.hardware = member.cfg.hardware
-    began = time.monotonic()
+    with held(runs if ranks.first else []):
+        return _trained(runs, group, ranks, experiment)
+
+
+def _trained(runs: Sequence[Run], group: Sequence[Member], ranks: Ranks, experiment: str | None) -> Path:
+    run, began = runs[0], time.monotonic()
     worlds = build.load_worlds([one.cfg for one in runs], [member.plan for member in group])
     print(f"backbone and data ready in {time.monotonic() - began:.0f} s", flush=True)
     parts = [Part(one, world, member.label, ranks) for one, world, member in zip(runs, worlds, group, strict=True)]
@@ -113,24 +134,52 @@ def train_all(parts: Sequence[Part], arm: str = "") -> list[dict]:
     arm: "" trains with conditions; `NO_CONTROL` trains the same adapters on the same images with every condition black.
     """
     left = [part for part in parts if not (part.run.folder / arm / "outcome.json").exists()]
-    if left:
-        turns, stop = Turns(len(left)), Stop()
-        checkpoints = parts[0].ranks.first_does(lambda: common_checkpoints([part.run for part in left], arm))
-        adapters = [build.new_adapter(part.run.cfg, part.world.backbone) for part in left]
-        features = build.share_passes(left[0].run.cfg, left[0].world, adapters)
-
-        def go(number: int) -> Callable[[], None]:
-            first = [lambda context: TakeTurns(turns, number, context)] if len(left) > 1 else []
-            return lambda: train_once(
-                left[number], adapters[number], checkpoints[number], arm, stop, features, first, number == 0
-            )
-
+    met: list[type] = []
+    while left:
         try:
-            in_turn([go(number) for number in range(len(left))], turns, stop)
+            _together(left, arm)
+            break
         except Preempted as why:
-            raise Preempted(str(why), parts[0].run.folder, why.by_signal) from None
+            raise Preempted(str(why), parts[0].run.folder, why.by_signal, why.saved) from None
+        except (faults.OutOfMemory, faults.LoaderDied) as fault:
+            # of several ranks the others wait in a step of theirs: all end, and go on together from the last checkpoint
+            if len(left) > 1 or left[0].ranks.several or not _goes_on(left[0].run, fault, met):
+                raise
+            met.append(type(fault))
     files = [part.run.folder / arm / "outcome.json" for part in parts]
     return [json.loads(file.read_text()) if part.ranks.first else {} for part, file in zip(parts, files, strict=True)]
+
+
+def _together(left: Sequence[Part], arm: str) -> None:
+    """Train the parts that are not finished from where their checkpoints stand."""
+    turns, stop = Turns(len(left)), Stop()
+    checkpoints = left[0].ranks.first_does(lambda: common_checkpoints([part.run for part in left], arm))
+    adapters = [build.new_adapter(part.run.cfg, part.world.backbone) for part in left]
+    features = build.share_passes(left[0].run.cfg, left[0].world, adapters)
+
+    def go(number: int) -> Callable[[], None]:
+        first = [lambda context: TakeTurns(turns, number, context)] if len(left) > 1 else []
+        return lambda: train_once(left[number], adapters[number], checkpoints[number], arm, stop, features, first, number == 0)
+
+    in_turn([go(number) for number in range(len(left))], turns, stop)
+
+
+def _goes_on(run: Run, fault: UserError, met: Sequence[type]) -> bool:
+    """Whether a run can continue from its newest checkpoint, in this process: with half the micro-batch where memory ran out
+    and `hardware.oom` says so, as it was where the loader died for the first time. met: the faults before."""
+    if isinstance(fault, faults.LoaderDied):
+        again = faults.LoaderDied not in met
+        line = "the loader is started once more, where it was"
+    else:
+        smaller = faults.halved(run.cfg)
+        again = run.cfg.hardware.oom == "halve" and smaller is not None
+        if again:
+            run.cfg.hardware.micro_batch = smaller
+        line = f"going on with hardware.micro_batch={smaller}; budget.effective_batch={run.cfg.budget.effective_batch} stays"
+    if again:
+        print(f"{fault}\n{line}", flush=True)
+        run.resumed = True
+    return again
 
 
 def train_once(
@@ -159,20 +208,35 @@ def train_once(
     if checkpoint is not None:
         context.data.start = json.loads((checkpoint / "meta.json").read_text())["images_seen"]
         print(f"resuming {folder} at {context.data.start} images", flush=True)
+    micro_batch, workers = cfg.hardware.micro_batch, cfg.hardware.workers
+    context.events.note("resumed" if run.resumed else "started", context.data.start, micro_batch=micro_batch, workers=workers)
     for logger in loggers if run.resumed else ():
         logger.rewind(context.data.start)
     status = "failed"
     try:
-        trainer = build.trainer(cfg, context, callbacks)
-        trainer.fit(adapter, datamodule=context.data, ckpt_path=checkpoint)
+        _fit(build.trainer(cfg, context, callbacks), adapter, context, cfg, checkpoint)
         if part.world.backbone.weight_hash() != part.world.backbone_hash:
             raise RuntimeError("the frozen backbone changed while training: this is a bug in the adapter")
         if ranks.first:
             write_atomic(folder / "outcome.json", json.dumps(summarise(context, adapter, callbacks)).encode())
+        context.events.note("finished", context.total_images)
         status = "success"
     finally:
         for logger in loggers:
             logger.close(status)
+
+
+def _fit(trainer: pl.Trainer, adapter: ControlAdapter, context: RunContext, cfg: DictConfig, checkpoint: Path | None) -> None:
+    """Lightning's training; memory that runs out and a loader that dies become the line that says what to change."""
+    try:
+        trainer.fit(adapter, datamodule=context.data, ckpt_path=checkpoint)
+    except (RuntimeError, MemoryError) as error:
+        if (kind := faults.kind_of(error)) is None:
+            raise
+        images_seen, peak_gib = trainer.global_step * context.effective_batch, peak_mem_gib(adapter.device)
+        fault = faults.explained(error, cfg, context.root, images_seen, peak_gib)
+        context.events.note("fault", images_seen, kind=kind, why=str(fault), peak_mem_gib=peak_gib)
+        raise fault from None
 
 
 def announce(part: Part, adapter: ControlAdapter, arm: str) -> dict:

@@ -12,8 +12,9 @@ ROWS = [
     {"sampling", "checkpoint", "profiling", "metrics"},
     {"adapters"},
     {
-        "callbacks", "collect", "config", "build", "construct", "control_score", "embedded", "features", "fit",
-        "interop", "loggers", "matching", "plots", "ranks", "results", "runs", "support", "sweep", "together", "world",
+        "callbacks", "collect", "config", "build", "construct", "control_score", "embedded", "events", "faults",
+        "features", "fit", "interop", "loggers", "matching", "plots", "ranks", "results", "runs", "support", "sweep",
+        "together", "world",
     },
     {"train", "evaluate", "sample", "bench", "prepare", "report", "export"},
 ]  # fmt: skip

@@ -87,6 +87,7 @@ class ControlAdapter(pl.LightningModule):
         self.unreached: tuple[str, ...] = ()
         self.shards: Callable[[ControlAdapter], None] | None = None  # cuts the weights over devices, once there are some
         self.passes: Passes | None = None  # who makes the frozen pass of a training step, if not the adapter itself
+        self.judge: Callable[[Tensor], bool] | None = None  # gradient norm -> whether the step may be taken
 
     @classmethod
     def refusal(cls, facts: BackboneFacts, **options: Any) -> str | None:
@@ -241,6 +242,9 @@ class ControlAdapter(pl.LightningModule):
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
         limit = self.recipe.clip_norm or float("inf")
         self.last_grad_norm = nn.utils.clip_grad_norm_(self.parameters(), limit)  # a tensor: a number would wait for the device
+        if self.judge is not None and not self.judge(self.last_grad_norm):
+            for parameter in self.parameters():
+                parameter.grad = None  # an optimizer leaves it alone then, and its own state of it
 
 
 def unreached(adapter: ControlAdapter, batch: Batch) -> list[str]:

@@ -7,6 +7,7 @@ import pytorch_lightning as pl
 
 from src.control_score import HeldOut
 from src.data.datamodule import ControlData
+from src.events import Events, Heart
 from src.ranks.place import ALONE, Ranks
 from src.types import UserError
 
@@ -29,8 +30,8 @@ class RunContext:
     root: the run's own folder; folder: the same, or an arm's below it;
     meta: identity for checkpoints (adapter, backbone, backbone_hash, config_sha); loggers: see `src.loggers`;
     with_condition: False in a no-control arm, which is shown black pictures only;
-    validation: how often and how much; label: what to call it where several train together;
-    ranks: the processes that train it, each with a device.
+    validation: how often and how much; label: what to call it where several train together; heart: a callback sets how
+    often it beats; ranks: the processes that train it, each with a device.
     """
 
     root: Path
@@ -50,6 +51,15 @@ class RunContext:
     ranks: Ranks = ALONE
     scores: dict = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        arm = "" if self.folder == self.root else self.folder.name
+        self.events = Events(self.root, arm, writes=self.ranks.first)
+        self.heart = Heart(self.root, writes=self.ranks.first)
+
+    def say(self, line: str) -> None:
+        """Print a line, with the label in front where several train together."""
+        print(f"{self.label}: {line}" if self.label else line, flush=True)
+
     def log(self, values: dict[str, float], images_seen: int) -> None:
         """Scalars to every logger; the x axis is images seen."""
         for logger in self.loggers:
@@ -57,15 +67,18 @@ class RunContext:
 
 
 class Preempted(Exception):
-    """The run was asked to end and has saved itself. folder: of the run; by_signal: False for budget.stop_at_images."""
+    """The run was asked to end and has saved itself. folder: of the run; by_signal: False for budget.stop_at_images.
 
-    def __init__(self, reason: str, folder: Path, by_signal: bool):
+    saved: False where the disk had no room: the checkpoint before is what it goes on from.
+    """
+
+    def __init__(self, reason: str, folder: Path, by_signal: bool, saved: bool = True):
         super().__init__(reason)
-        self.folder, self.by_signal = folder, by_signal
+        self.folder, self.by_signal, self.saved = folder, by_signal, saved
 
 
 class TrainingDiverged(UserError):
-    """Loss or gradient is not finite; nothing was saved after it."""
+    """Losses, gradients or weights are not finite; nothing was saved after it."""
 
 
 class StepCallback(pl.Callback):

@@ -1,12 +1,13 @@
 """Loss, rate, speed and memory of training, once every few steps."""
 
+import math
 import time
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from src.callbacks.base import RunContext, StepCallback, TrainingDiverged
+from src.callbacks.base import RunContext, StepCallback
 from src.ranks.place import whole
 
 
@@ -16,8 +17,8 @@ class ThroughputMeter(StepCallback):
     every_steps: how often; a row holds the mean loss and the median step time since the last one. A step's time is that of
     its micro-batches, without what lies between them: validations, checkpoints, the turns of others that train together.
     On a CPU the peak is the process's largest resident size; on a GPU the allocator's peak. Between rows nothing here asks
-    the device for a number: a step that waits for its loss cannot prepare the next one. A loss that is not finite is found
-    at the next row, and before anything is saved.
+    the device for a number: a step that waits for its loss cannot prepare the next one. Losses that are not finite (see
+    `src.callbacks.guard`) are left out of the mean.
     """
 
     def __init__(self, every_steps: int, *, run: RunContext):
@@ -25,7 +26,7 @@ class ThroughputMeter(StepCallback):
         self.every_steps = every_steps
         self.step_times_ms: list[float] = []
         self.train_seconds = 0.0
-        self._losses: list[tuple[Tensor, list[str]]] = []
+        self._losses: list[Tensor] = []
         self._steps: list[list[tuple]] = []  # (began, ended) of each micro-batch, of the steps that are not read yet
         self._slices: list[tuple] = []  # of the present step
         self._began = None
@@ -34,7 +35,7 @@ class ThroughputMeter(StepCallback):
         self._began = _moment(adapter.device)
 
     def on_train_batch_end(self, trainer: pl.Trainer, adapter: pl.LightningModule, outputs, batch, batch_idx: int) -> None:
-        self._losses.append((adapter.last_loss, batch.ids[:4]))
+        self._losses.append(adapter.last_loss)
         self._slices.append((self._began, _moment(adapter.device)))
         super().on_train_batch_end(trainer, adapter, outputs, batch, batch_idx)
 
@@ -42,13 +43,13 @@ class ThroughputMeter(StepCallback):
         self._steps.append(self._slices)
         self._slices = []
         if trainer.global_step % self.every_steps == 0 or images_seen == self.run.total_images:
-            losses = self._read_losses()
+            losses = [loss for loss in self.run.ranks.mean(torch.stack(self._losses).tolist()) if math.isfinite(loss)]
             self._losses.clear()
             self._read_times()
             recent = sorted(self.step_times_ms[-self.every_steps :])
             middle = recent[len(recent) // 2]
             row = {
-                "train/loss": sum(losses) / len(losses),
+                "train/loss": sum(losses) / len(losses) if losses else math.nan,
                 "train/lr": trainer.optimizers[0].param_groups[0]["lr"],
                 "train/grad_norm": float(whole(adapter.last_grad_norm)),
                 "train/step_time_ms": middle,
@@ -64,24 +65,12 @@ class ThroughputMeter(StepCallback):
         times = sorted(self.step_times_ms[len(self.step_times_ms) // 10 :])
         return times[len(times) // 2] if times else None
 
-    def on_save_checkpoint(self, trainer: pl.Trainer, adapter: pl.LightningModule, checkpoint: dict) -> None:
-        self._read_losses()
-
     def state_dict(self) -> dict:
         self._read_times()
         return {"train_seconds": self.train_seconds}
 
     def load_state_dict(self, state: dict) -> None:
         self.train_seconds = state["train_seconds"]
-
-    def _read_losses(self) -> list[float]:
-        """The losses since the last row. Raises TrainingDiverged, naming the images of the first that is not finite."""
-        values = torch.stack([loss for loss, _ in self._losses]).tolist() if self._losses else []
-        bad = [(value, ids) for value, (_, ids) in zip(values, self._losses, strict=True) if value - value != 0]  # NaN, Inf
-        if self.run.ranks.any(bool(bad)):
-            value, ids = next(some[0] for some in self.run.ranks.gather(bad[:1]) if some)
-            raise TrainingDiverged(f"loss is {value} at images {ids}; lower the rate, e.g. optimizer.algorithm.lr")
-        return self.run.ranks.mean(values)
 
     def _read_times(self) -> None:
         """Put the steps since the last reading into the books."""

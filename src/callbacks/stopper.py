@@ -47,8 +47,10 @@ class GracefulStop(StepCallback):
         if stop.requested is None:
             return
         stop.at_step = trainer.global_step
-        next(c for c in trainer.callbacks if isinstance(c, SaveAdapter)).save(trainer, adapter)
-        raise Preempted(stop.requested, self.run.root, by_signal=stop.requested.startswith("SIG"))
+        saved = next(c for c in trainer.callbacks if isinstance(c, SaveAdapter)).save(trainer, adapter)
+        images_seen = trainer.global_step * self.run.effective_batch
+        self.run.events.note("stopped", images_seen, by=stop.requested, saved=saved)
+        raise Preempted(stop.requested, self.run.root, stop.requested.startswith("SIG"), saved)
 
 
 @contextmanager

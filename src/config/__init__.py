@@ -23,6 +23,7 @@ from omegaconf import DictConfig, open_dict
 from src.config.checks import check_names, check_nodes, check_values, resolve
 from src.config.compose import COMMAND_LINE, CONF, Request, compose
 from src.config.messages import ConfigError, Incompatible, Unsupported, Where, key_is
+from src.config.older import brought_up
 from src.config.rules import NOT_SCIENCE, accumulation, check_together, config_sha, resolve_hardware, science_diff
 from src.config.schema import SCHEMAS, ExportConfig, PrepareConfig, SampleConfig, TrainConfig
 from src.types import UserError
@@ -32,7 +33,17 @@ if TYPE_CHECKING:
 
 __all__ = ["CONF", "NOT_SCIENCE", "ConfigError", "Incompatible", "Unsupported"]
 __all__ += ["ExportConfig", "PrepareConfig", "Request", "SampleConfig", "TrainConfig"]
-__all__ += ["accumulation", "cli", "composed", "config_sha", "load", "preflight", "resolve_hardware", "science_diff"]
+__all__ += [
+    "accumulation",
+    "brought_up",
+    "cli",
+    "composed",
+    "config_sha",
+    "load",
+    "preflight",
+    "resolve_hardware",
+    "science_diff",
+]
 
 MAX_SWEPT_VALUES = 16  # values of one key that are checked before a sweep starts; each job checks itself in any case
 

@@ -32,4 +32,5 @@ class HardwareConfig:
     timeout_s: float | None = key(least=1)
     memory_gib: float | None = key(least=0)
     fit: str | None = key(choices=typing.get_args(Fit))
+    oom: str | None = key(choices=("stop", "halve"))
     rates: dict[str, Any] | None = MISSING

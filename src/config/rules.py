@@ -22,13 +22,14 @@ FP8_CAPABILITY = (9, 0)  # CUDA compute capability of Hopper: fp8 products with 
 MULTIPLES = {"src.backbones.mmdit.": 16, "src.backbones.dit.": 16}
 PROFILES = (("h200", 120), ("gpu_80g", 70), ("gpu_24g", 0))  # name, from how many GiB of one device
 # keys of hardware/ that came later: a stored run gets what they stand at in the CPU's profile
-ADDED = ("compile", "cuda_graphs", "channels_last", "fit", "overlap", "nodes", "shard", "timeout_s")
+ADDED = ("compile", "cuda_graphs", "channels_last", "fit", "overlap", "nodes", "shard", "timeout_s", "oom")
 # Not science: where things go and how fast they get there. Dotted keys; a prefix covers what is below it.
 NOT_SCIENCE = ("hardware", "logger", "output_dir", "cache_dir", "out", "workers", "resume", "sweep", "tags", "name")
 NOT_SCIENCE += ("data.index_dir", "together", "together_tasks", "feature_cache.budget_gib")
 # Keys that came later, and the value at which nothing changed: a run from before them keeps its identity.
 LATER = {"backbone.quantize": None, "reuse": 1, "feature_cache.draws": None, "feature_cache.dtype": None}
-NOT_SCIENCE += ("budget.stop_at_images", *(f"callbacks.{name}" for name in ("stopper", "checkpoints", "meter", "progress")))
+NOT_SCIENCE += ("budget.stop_at_images", "callbacks.control.max_failures")
+NOT_SCIENCE += tuple(f"callbacks.{name}" for name in ("stopper", "checkpoints", "meter", "progress", "guard", "vitals"))
 
 
 # ---- hardware ---------------------------------------------------------------------------------------------------------
@@ -75,7 +76,7 @@ def _micro_batch(hardware: dict[str, Any], effective: int) -> int:
 def _concrete(hardware: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """A hardware node without `auto` and its nulls, and the line that says what was chosen."""
     if hardware["accelerator"] != "auto":
-        return _of_today(hardware), []
+        return of_today(hardware), []
     name, found = "cpu", "no GPU"
     if torch.cuda.is_available():
         facts = torch.cuda.get_device_properties(0)
@@ -89,7 +90,7 @@ def _concrete(hardware: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     return {**profile, **set_by_hand}, [f"hardware=auto is {name} here ({found})"]
 
 
-def _of_today(hardware: dict[str, Any]) -> dict[str, Any]:
+def of_today(hardware: dict[str, Any]) -> dict[str, Any]:
     """The node of a stored run, which may be from before some keys: those get what they stand at in the CPU's profile."""
     profile = _profile("cpu")
     added = {k: v for k, v in profile.items() if k in ADDED}

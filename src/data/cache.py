@@ -10,12 +10,13 @@ import json
 import shutil
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -63,17 +64,33 @@ class TensorStore:
 
     def describe(self, **content: object) -> None:
         """Leave the parts of the key beside the shards, for whoever asks why there are two stores."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        facts = {"rows": self.count, "row_bytes": self.row_bytes, "rows_per_shard": self.shard, **content}
+        facts = {
+            "cache_version": CACHE_VERSION,
+            "rows": self.count,
+            "row_bytes": self.row_bytes,
+            "rows_per_shard": self.shard,
+            **content,
+        }
         text = json.dumps(facts, indent=1, sort_keys=True, default=str) + "\n"
-        with WholeFile(self.folder / "store.json") as part:
+        with self._writing(self.folder / "store.json") as part:
             part.write_text(text)
 
     def write(self, rows: range, tensors: dict[str, Tensor]) -> None:
-        """Put one shard in place atomically."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with WholeFile(self._path(rows.start)) as part:
+        """Put one shard in place atomically. Raises UserError where the disk has no room for it."""
+        with self._writing(self._path(rows.start)) as part:
             save_file({k: v.contiguous() for k, v in tensors.items()}, part)
+
+    @contextmanager
+    def _writing(self, target: Path) -> Iterator[Path]:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with WholeFile(target) as part:
+                yield part
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"{target} cannot be written: {error}; shards that are whole stay, so free some space and repeat the command, "
+                "or name another folder with cache_dir="
+            ) from error
 
     def sweep(self, rows: range) -> None:
         """Remove what a killed process left half written of these rows, which this process holds."""
@@ -95,7 +112,12 @@ class TensorStore:
         if start in self._open:
             self._open.move_to_end(start)
         else:
-            self._open[start] = safe_open(self._path(start), framework="pt")
+            try:
+                self._open[start] = safe_open(self._path(start), framework="pt")
+            except (OSError, SafetensorError) as error:
+                raise UserError(
+                    f"{self._path(start)} cannot be read: {error}; delete this file, and the next run computes it again"
+                ) from error
             if len(self._open) > MAX_OPEN:
                 self._open.popitem(last=False)
         return self._open[start]

@@ -4,6 +4,9 @@ Position n counts images since the start of training. It decides epoch and image
 micro-batch, worker count or resume sees the same images with the same draws, and so does every other method.
 """
 
+import signal
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -126,8 +129,8 @@ class ControlData(pl.LightningDataModule):
     """train and val streams as loaders.
 
     total_images: length of the training stream (a whole number of optimizer steps); start: images already seen;
-    micro_batch, workers: speed only. val_images: how many held-out rows the validation loss reads. rank, ranks, step: see
-    `PositionSampler`.
+    micro_batch, workers: speed only. val_images: how many held-out rows the validation loss reads. waited_s: seconds that
+    training has waited for its next batch so far. rank, ranks, step: see `PositionSampler`.
     """
 
     rank, ranks, step = 0, 1, 0
@@ -139,11 +142,12 @@ class ControlData(pl.LightningDataModule):
         self.train_stream, self.val_stream = train, val
         self.total_images, self.micro_batch, self.workers, self.val_images = total_images, micro_batch, workers, val_images
         self.start = 0
+        self.waited_s = 0.0
 
-    def train_dataloader(self) -> DataLoader:
+    def train_dataloader(self) -> "TimedLoader":
         among = (self.rank, self.ranks, self.step)
         positions = PositionSampler(self.start, self.total_images, self.micro_batch, *among)
-        return self._loader(self.train_stream, positions, self.workers)
+        return TimedLoader(self._loader(self.train_stream, positions, self.workers), self)
 
     def val_dataloader(self) -> DataLoader:
         return self._loader(self.val_stream, PositionSampler(0, self.val_images, self.micro_batch), 0)
@@ -154,6 +158,7 @@ class ControlData(pl.LightningDataModule):
             batch_sampler=positions,
             num_workers=workers,
             collate_fn=_as_it_is,
+            worker_init_fn=_leave_signals_alone if workers else None,
             persistent_workers=False,
             pin_memory=torch.cuda.is_available(),
         )
@@ -161,3 +166,26 @@ class ControlData(pl.LightningDataModule):
 
 def _as_it_is(batch: Batch) -> Batch:
     return batch
+
+
+class TimedLoader:
+    """A loader that adds up in `clock.waited_s` how long it lets others wait."""
+
+    def __init__(self, loader: DataLoader, clock: ControlData):
+        self.loader, self.clock = loader, clock
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        began = time.perf_counter()
+        for batch in self.loader:
+            self.clock.waited_s += time.perf_counter() - began
+            yield batch
+            began = time.perf_counter()
+
+
+def _leave_signals_alone(_worker: int) -> None:
+    """What asks a whole process group to end is for the training to answer: it still wants its batches."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)

@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from src.data.cache import TensorStore, blocks_to_do, check_space
-from src.data.datamodule import ControlData, ImageStream
+from src.data.datamodule import ControlData, ImageStream, TimedLoader
 from src.data.stores import _Filling, _Progress, _split
 from src.types import Batch
 
@@ -109,7 +108,7 @@ def fill_features(
 class WithFollowing:
     """A loader of `StreamBatch`es each of which is told the one that follows."""
 
-    def __init__(self, loader: DataLoader):
+    def __init__(self, loader: TimedLoader):
         self.loader = loader
 
     def __len__(self) -> int:

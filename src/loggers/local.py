@@ -14,6 +14,7 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from src.loggers.base import RunLogger, scalar_row
 from src.results import plain, read_rows, write_atomic
+from src.results.files import append_whole as _append
 
 log = logging.getLogger(__name__)
 
@@ -125,18 +126,3 @@ def _csv(columns: list[str], rows: list[dict[str, Any]]) -> str:
     text = io.StringIO()
     csv.DictWriter(text, columns, restval="", lineterminator="\n").writerows(rows)
     return text.getvalue()
-
-
-def _append(path: Path, text: str) -> None:
-    """All of the text or nothing of it. Raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    data = text.encode()
-    with open(path, "ab", buffering=0) as file:
-        start = file.tell()
-        try:
-            if file.write(data) == len(data):
-                return
-            raise OSError(28, "no space left on device")
-        except OSError:
-            file.truncate(start)
-            raise

@@ -15,6 +15,7 @@ from urllib.parse import SplitResult, urlsplit
 from pytorch_lightning.loggers.logger import DummyExperiment
 from pytorch_lightning.utilities import rank_zero_only
 
+from src.loggers.aside import Aside
 from src.loggers.base import RunLogger, scalar_row
 from src.results import hide_secrets, plain, write_atomic
 from src.types import UserError
@@ -23,10 +24,12 @@ log = logging.getLogger(__name__)
 
 MODES = {"auto": "auto", "online": "online", "offline": "offline", "disabled": "disabled", "run": "online", "dryrun": "offline"}
 CONNECT_S, INIT_S, FINISH_S = 3.0, 10.0, 120.0  # the longest waits for a server
+MOST_WAITING = 1000  # calls that W&B has not taken yet: then it hangs
 
 
 class WandbRun(RunLogger):
-    """Any exception from W&B costs one warning line and switches it off for the rest of this run.
+    """Any exception from W&B costs one warning line and switches it off for the rest of this run. It is called from a thread
+    of its own, so that no step waits for it, even if it hangs.
 
     All of its files, staged tables and caches included, lie in <run_dir>/wandb, so that the folder can be moved and
     synced elsewhere. A resumed run keeps its W&B id. Checkpoints are never handed over, nor anything that may hold a key:
@@ -37,6 +40,7 @@ class WandbRun(RunLogger):
         super().__init__(run_dir, run_name)
         self._logger: Any = None
         self._environ: dict[str, str | None] = {}
+        self._aside: Aside | None = None
         asked, why = _asked_mode(cfg.mode)
         if rank_zero_only.rank != 0:
             return
@@ -79,6 +83,7 @@ class WandbRun(RunLogger):
             run = wandb.init(mode=mode, **options)
         run.define_metric("images_seen")
         run.define_metric("*", step_metric="images_seen")
+        self._aside = Aside("wandb", MOST_WAITING)
         self._logger = WandbLogger(project=cfg.project, save_dir=str(self.run_dir), experiment=run)
         if mode == "offline":
             log.warning("W&B offline: %s; to upload later: wandb sync %s/offline-run-*", why, _near(folder))
@@ -122,25 +127,33 @@ class WandbRun(RunLogger):
     @rank_zero_only
     def close(self, status: str = "success") -> None:
         """Finish the W&B run, within two minutes; what is logged later goes to the local files only."""
-        if self._logger is not None:
-            try:
-                self._logger.experiment.finish(exit_code=0 if status in ("success", "finished") else 1)
-            except Exception as error:
-                log.warning("W&B did not finish: %s", _first_line(error))
+        if self._logger is not None and self._aside is not None:
+            run, code = self._logger.experiment, 0 if status in ("success", "finished") else 1
+            if not (self._aside.put(lambda: _finish(run, code, log.warning)) and self._aside.drain(FINISH_S + 5)):
+                log.warning("W&B did not finish within %g s: to upload what it has, wandb sync", FINISH_S)
+                _end_service()
         self._logger = None
         self._restore()
 
     def _guard(self, send: Callable[[], None]) -> None:
-        if self._logger is not None:
-            try:
-                send()
-            except Exception as error:
-                self._switch_off("failed", error)
+        logger = self._logger
+
+        def tried() -> None:
+            if self._logger is logger:
+                try:
+                    send()
+                except Exception as error:
+                    self._switch_off("failed", error)
+
+        if logger is not None and not self._aside.put(tried):
+            self._switch_off("hangs", TimeoutError(f"{MOST_WAITING} calls wait for it"))
+            _end_service()
 
     def _switch_off(self, what: str, error: Exception) -> None:
         log.warning("W&B %s and is off for this run, the local logs are whole: %s", what, _first_line(error))
         if self._logger is not None:  # finishing may wait for a server: not in the way of the next step
-            threading.Thread(target=_finish_quietly, args=(self._logger.experiment,), daemon=True).start()
+            run = self._logger.experiment
+            threading.Thread(target=_finish, args=(run, 1, log.debug), daemon=True).start()
         self._logger = None
         self._restore()
 
@@ -227,11 +240,21 @@ def _picture(path: str | Path) -> Any:
         return wandb.Image(image.convert("RGB"))
 
 
-def _finish_quietly(run: Any) -> None:
+def _finish(run: Any, exit_code: int, say: Callable[..., None]) -> None:
     try:
-        run.finish(exit_code=1)
+        run.finish(exit_code=exit_code)
     except Exception as error:
-        log.debug("W&B did not finish: %s", _first_line(error))
+        say("W&B did not finish: %s", _first_line(error))
+
+
+def _end_service() -> None:
+    """End W&B's own process, which hangs: Python would wait for it at the end of this one."""
+    try:
+        import wandb
+
+        wandb.setup()._connection._proc._process.kill()  # no public name leads there
+    except Exception as error:
+        log.debug("W&B's service is left alone: %s", _first_line(error))
 
 
 def _near(folder: Path) -> str:

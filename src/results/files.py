@@ -59,6 +59,21 @@ def write_atomic(path: Path, data: bytes) -> None:
         raise
 
 
+def append_whole(path: Path, text: str) -> None:
+    """All of the text or nothing of it. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = text.encode()
+    with open(path, "ab", buffering=0) as file:
+        start = file.tell()
+        try:
+            if file.write(data) == len(data):
+                return
+            raise OSError(28, "no space left on device")
+        except OSError:
+            file.truncate(start)
+            raise
+
+
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
     """Rows of a JSONL log. A torn last line, left by a killed process, is left out; any other is a ResultError."""
     lines = Path(path).read_text(encoding="utf-8", errors="replace").split("\n")
