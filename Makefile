@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # one torch thread per process: on a shared machine more are slower
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup train test test-all lint format clean
+.PHONY: help setup train test test-faults test-all lint format clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -25,6 +25,9 @@ train: $(STAMP) ## the main job: UniCon on the embedded SD3 with canny edges, ab
 
 test: $(STAMP) ## the tests, under 15 minutes on 2 cores
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-faults: $(STAMP) ## a dozen faults put into real trainings, some minutes
+	$(BIN)/python -m pytest -m fault tests/fault
 
 test-all: $(STAMP) ## also the long ones
 	$(BIN)/python -m pytest -m ''

@@ -137,7 +137,9 @@ class ControlValidation(StepCallback):
             pass
         except Exception as fault:
             error = fault
-        every, faults = zip(*self.run.ranks.gather((found, None if error is None else f"{type(error).__name__}: {error}")), strict=True)
+        every, faults = zip(
+            *self.run.ranks.gather((found, None if error is None else f"{type(error).__name__}: {error}")), strict=True
+        )
         if error is not None:
             raise error
         if any(faults):

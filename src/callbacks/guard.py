@@ -44,8 +44,6 @@ class StepGuard(StepCallback):
         self.stepping = True
         size = whole(norm).to(self._micro_batches[0][0])
         *losses, size = torch.stack([*(loss for loss, _ in self._micro_batches), size]).tolist()
-            [*(loss for loss, _ in self._micro_batches), whole(norm).to(self._micro_batches[0][0])]
-        ).tolist()
         found = [ids for value, (_, ids) in zip(losses, self._micro_batches, strict=True) if not math.isfinite(value)]
         fine = not found and (math.isfinite(size) or _looks_for_scale(trainer))
         fine = trainer.strategy.reduce_boolean_decision(fine, all=True)  # all processes take the same steps

@@ -64,13 +64,8 @@ class TensorStore:
 
     def describe(self, **content: object) -> None:
         """Leave the parts of the key beside the shards, for whoever asks why there are two stores."""
-        facts = {
-            "cache_version": CACHE_VERSION,
-            "rows": self.count,
-            "row_bytes": self.row_bytes,
-            "rows_per_shard": self.shard,
-            **content,
-        }
+        facts = {"cache_version": CACHE_VERSION, "rows": self.count, "row_bytes": self.row_bytes}
+        facts |= {"rows_per_shard": self.shard, **content}
         text = json.dumps(facts, indent=1, sort_keys=True, default=str) + "\n"
         with self._writing(self.folder / "store.json") as part:
             part.write_text(text)
