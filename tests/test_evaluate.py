@@ -23,7 +23,7 @@ from src.evaluate.compare import compare_folders, differences
 from src.evaluate.flow import evaluate
 from src.evaluate.manifest import read_manifest
 from src.evaluate.pictures import PictureFolder
-from src.evaluate.subjects import find_subjects
+from src.evaluate.subjects import find_subjects, trained_below
 from src.interop.export import export_adapter
 from src.metrics.intervals import metric
 from src.results.evaluation import read_evaluation
@@ -84,6 +84,19 @@ def evaluation(*overrides: str) -> Path:
     words = [*QUICK, *overrides]
     cfg = resolve_hardware(load("evaluate", words))
     return evaluate(cfg, find_subjects(cfg, words))
+
+
+def test_a_folder_stands_for_the_finished_runs_below_it(tmp_path):
+    for name, finished in (("a/1", True), ("b/2", True), ("b/3", False)):
+        (tmp_path / name / "checkpoints").mkdir(parents=True)
+        (tmp_path / name / "config.yaml").touch()
+        if finished:
+            (tmp_path / name / "results.json").touch()
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench" / "results.json").touch()  # of a benchmark: nothing was trained
+    assert trained_below(str(tmp_path)) == [str(tmp_path / "a" / "1"), str(tmp_path / "b" / "2")]
+    assert trained_below(str(tmp_path / "b" / "3")) == [str(tmp_path / "b" / "3")]
+    assert trained_below("nowhere") == ["nowhere"]
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

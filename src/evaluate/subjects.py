@@ -58,7 +58,8 @@ def find_subjects(cfg: DictConfig, typed: Sequence[str]) -> list[Subject]:
     Raises UserError, before a weight is read, for folders that are no runs, for runs of unlike tasks, backbones or
     resolutions, and for keys that a run brings along itself.
     """
-    runs = [cfg.run] if isinstance(cfg.run, str) else list(cfg.run or [])
+    named = [cfg.run] if isinstance(cfg.run, str) else list(cfg.run or [])
+    runs = [run for name in named for run in trained_below(name)]
     if bool(runs) == (cfg.checkpoint is not None):
         raise UserError("give run=<a run folder, or a list of them> or checkpoint=<an adapter of diffusers>, one of the two")
     if not runs:
@@ -73,6 +74,15 @@ def find_subjects(cfg: DictConfig, typed: Sequence[str]) -> list[Subject]:
     for other in found[1:]:
         refuse_unlike(shared(found[0].cfg), shared(other.cfg), found[0].label, other.label)
     return found
+
+
+def trained_below(name: str) -> list[str]:
+    """The finished runs below a folder that is no run itself; the name alone where there are none."""
+    folder = Path(name)
+    if (folder / "config.yaml").is_file():
+        return [name]
+    finished = sorted(file.parent for file in folder.rglob("results.json") if (file.parent / "checkpoints").is_dir())
+    return [str(run) for run in finished] or [name]
 
 
 def shared(cfg: DictConfig) -> dict[str, Any]:
