@@ -29,7 +29,7 @@ def cost_names(rows: Sequence[CostRow]) -> list[str]:
         options = [_flat(rows[i].result.adapter_options) for i in own]
         keys = [key for key in dict.fromkeys(key for o in options for key in o) if len({str(o.get(key)) for o in options}) > 1]
         for i, option in zip(own, options, strict=True):
-            names[i] = " ".join([name, *(f"{key}={option.get(key)}" for key in keys)])
+            names[i] = " ".join([name, *(f"{key}={option[key]}" for key in keys if option.get(key) is not None)])
     return names
 
 
