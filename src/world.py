@@ -122,7 +122,7 @@ def held_out(cfg: DictConfig, made: Plan, stores: Stores, codec: Codec) -> HeldO
         solver=solver_for(made.backbone.objective, made.backbone.scheduler()),
         steps=cfg.validation.steps,
         guidance=cfg.validation.guidance,
-        seed=cfg.seed,
+        seed=cfg.validation.seed,
     )
 
 

@@ -27,7 +27,7 @@ def test_a_run_from_before_formats_is_brought_up(folder):
     (folder / "run.json").unlink()
     cfg = OmegaConf.load(folder / "config.yaml")
     with open_dict(cfg):
-        del cfg.callbacks["guard"], cfg.hardware["oom"], cfg.hardware["nodes"]
+        del cfg.callbacks["guard"], cfg.hardware["oom"], cfg.hardware["nodes"], cfg.validation["seed"]
         cfg.hardware.checkpointing, cfg.hardware.compile = True, False
     OmegaConf.save(cfg, folder / "config.yaml")
     now = stored_config(folder)
@@ -38,6 +38,7 @@ def test_a_run_from_before_formats_is_brought_up(folder):
         "stop",
     )
     assert now.callbacks.guard.max_in_a_row == 5
+    assert now.validation.seed == now.seed
 
 
 @pytest.mark.parametrize(

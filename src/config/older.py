@@ -21,6 +21,8 @@ def brought_up(saved: DictConfig) -> DictConfig:
             nodes[name] = {**node, **nodes[name]}
         elif name in LATER_CALLBACKS and nodes:
             nodes[name] = node
+    if cfg.get("validation"):
+        cfg["validation"].setdefault("seed", cfg["seed"])  # it was the run's own
     if cfg.get("hardware"):
         cfg["hardware"] = of_today(cfg["hardware"])
     return OmegaConf.create(cfg)

@@ -35,6 +35,7 @@ class ValidationConfig:
     final_images: int = _key(least=1)
     steps: int = _key(least=1)
     guidance: float = _key(least=0)
+    seed: int = _key(least=0)
 
 
 @dataclass
