@@ -1,7 +1,12 @@
-"""What can go wrong between this machine and the model hub, by kind: whoever asks the hub says the remedy in its own words."""
+"""What can go wrong between this machine and the model hub, by kind: whoever asks the hub says the remedy in its own words; and
+what is read of a model that a stranger made."""
 
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
+from src.types import UserError
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 HubFault = Literal["gated", "revision", "missing", "layout", "unreachable"]
 
 
@@ -23,3 +28,25 @@ def hub_fault(error: BaseException) -> HubFault | None:
         return "layout"
     of_the_wire = type(error).__module__.startswith(("httpx", "httpcore"))
     return "unreachable" if of_the_wire or isinstance(error, (OSError, ValueError, errors.HfHubHTTPError)) else None
+
+
+def from_safetensors(kind: Any, folder: Path, **options: Any) -> Any:
+    """`kind.from_pretrained` of a folder on this machine, from safetensors alone: weights in any other file are pickle, which
+    may run what its writer wanted. Raises UserError where there are no safetensors, or where the model brings code."""
+    try:
+        return kind.from_pretrained(folder, **options, local_files_only=True, use_safetensors=True)
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise UserError(f"{folder} brings code of its own, which is never run: {str(error).splitlines()[0]}") from error
+    except OSError as error:
+        if error.errno is not None:  # of the disk
+            raise
+        below = Path(folder) / options.get("subfolder", "")
+        pickles = [f for f in sorted(below.rglob("*")) if f.suffix in PICKLES and not list(f.parent.glob("*.safetensors"))]
+        if not pickles:
+            raise UserError(f"{below}: {str(error).splitlines()[0]}; copy the whole model, with its *.safetensors") from error
+        raise UserError(
+            f"{pickles[0]} is pickle, which can run any code, and is never read; take a model that has *.safetensors, or write "
+            "them with save_pretrained(folder, safe_serialization=True) where nothing can be harmed"
+        ) from error

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from src.config import NOT_SCIENCE, brought_up, config_sha, science_diff
 from src.data.locks import RowLocks
 from src.events import Heart, last_beat
-from src.results import write_atomic
+from src.results import hide_secrets, write_atomic
 from src.types import UserError
 
 # 1: until hardware.compile and hardware.checkpointing became words, without run.json; 2: with guard and vitals
@@ -146,7 +146,8 @@ def new_run(cfg: DictConfig) -> Run:
         except FileExistsError:
             continue
         write_atomic(folder / "run.json", (json.dumps({"format": RUN_FORMAT}) + "\n").encode())
-        text = OmegaConf.to_yaml(OmegaConf.create(OmegaConf.to_container(cfg, resolve=True)))
+        # nothing to hide is left in a checked configuration (src/config/checks.py); this is the second lock on that door
+        text = OmegaConf.to_yaml(OmegaConf.create(hide_secrets(OmegaConf.to_container(cfg, resolve=True))))
         write_atomic(folder / "config.yaml", text.encode())
         return Run(folder, cfg, resumed=False)
     raise UserError(f"{folder} exists a hundred times over; give another output_dir")
@@ -167,4 +168,6 @@ def _old(folder: Path, cfg: DictConfig, typed: list[str]) -> Run:
                 saved[part] = cfg[part]
         saved.budget.stop_at_images = cfg.budget.stop_at_images
         saved.cache_dir = cfg.cache_dir
+        if "data.allow_outside" in keys:
+            saved.data.allow_outside = cfg.data.allow_outside
     return Run(folder, saved, resumed=True)

@@ -142,7 +142,10 @@ def test_a_table_names_the_same_samples(good, tmp_path, form):
     (tmp_path / f"table.{form}").write_bytes(text.encode())
     columns = {s: s for s in MAPS}
     table = str(tmp_path / f"table.{form}")
-    assert_equal(from_folder(good, "val"), from_folder(good, "val", table=table, signals=None, signal_columns=columns))
+    rules = {"table": table, "signals": None, "signal_columns": columns}
+    with pytest.raises(UserError, match=r"row 1: depth=.* write data\.allow_outside=true"):  # they lie beside the images
+        from_folder(good, "val", **rules)
+    assert_equal(from_folder(good, "val"), from_folder(good, "val", **rules, allow_outside=True))
 
 
 def test_an_image_with_several_captions_is_several_records(good, tmp_path):

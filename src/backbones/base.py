@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from src.backbones.codec import Codec, module_hash
 from src.backbones.quantize import Quantize, quantize_linears
 from src.backbones.source import ModelSource
+from src.hub import from_safetensors
 from src.objectives import Objective
 from src.types import BackboneFacts, StreamState, TextCond, UserError
 
@@ -81,7 +82,7 @@ class Backbone(nn.Module, ABC):
                 net = self.net_class().from_config(self.model.config(self.NET))
             return self.attach(nn.Module.to(net, dtype))  # as in `hollow`
         folder = self.model.fetch((self.NET,))
-        net = self.net_class().from_pretrained(folder, subfolder=self.NET, dtype=dtype, local_files_only=True)
+        net = from_safetensors(self.net_class(), folder, subfolder=self.NET, dtype=dtype)
         return self.attach(net).to(device)
 
     def net_class(self) -> type[nn.Module]:
@@ -120,7 +121,7 @@ class Backbone(nn.Module, ABC):
         from diffusers import AutoencoderKL
 
         folder = self.model.fetch(("vae",))
-        vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", dtype=torch.float32, local_files_only=True)
+        vae = from_safetensors(AutoencoderKL, folder, subfolder="vae", dtype=torch.float32)
         return Codec(vae).to(device)
 
     def scheduler(self) -> Any:

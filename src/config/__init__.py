@@ -20,12 +20,13 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, open_dict
 
-from src.config.checks import check_names, check_nodes, check_values, resolve
+from src.config.checks import check_names, check_nodes, check_secrets, check_typed, check_values, resolve
 from src.config.compose import COMMAND_LINE, CONF, Request, compose
 from src.config.messages import ConfigError, Incompatible, Unsupported, Where, key_is
 from src.config.older import brought_up
 from src.config.rules import NOT_SCIENCE, accumulation, check_together, config_sha, resolve_hardware, science_diff
 from src.config.schema import SCHEMAS, ExportConfig, PrepareConfig, SampleConfig, TrainConfig
+from src.results import hide_secrets
 from src.types import UserError
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ def preflight(config_name: str, argv: list[str], config_dir: str | Path = CONF) 
         config_dir = args.config_path if "://" in args.config_path else Path(__file__).parent / args.config_path
     request = Request(args.config_name or config_name, SCHEMAS[config_name], (), str(config_dir), args.config_dir)
     try:
+        check_typed(args.overrides)
         for number, cell in enumerate(_cells(request, args.overrides, args.multirun)):
             cfg, where = compose(Request(request.config_name, request.schema, cell, request.config_dir, request.extra_dir))
             if args.cfg:
@@ -165,6 +167,7 @@ def _checked(cfg: DictConfig, schema: type, where: Where) -> tuple[DictConfig, l
         del cfg["hydra"]
     check_names(cfg, schema, where)
     tree = resolve(cfg, where)
+    check_secrets(tree, where)
     check_values(tree, schema, where)
     check_nodes(tree, schema, where)
     return cfg, check_together(tree, where)
@@ -204,5 +207,5 @@ def _cells(request: Request, overrides: list[str], multirun: bool) -> list[tuple
 
 
 def _refuse(exc: Exception) -> NoReturn:
-    print(f"error: {exc}", file=sys.stderr, flush=True)
+    print(f"error: {hide_secrets(str(exc))}", file=sys.stderr, flush=True)
     raise SystemExit(2) from None

@@ -5,7 +5,7 @@ A "tree" is a plain nested dict of resolved values; `where(key)` names the yaml 
 
 import dataclasses
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -13,6 +13,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from src.config.messages import ConfigError, Where, guess, key_is, nearest_key
 from src.config.signatures import HYDRA_KEYS, fits, hint_name, signature
+from src.results import HIDDEN, hide_secrets
+
+KEYS_GO = "keys and tokens are read from the environment alone, since a configuration is kept in files; leave it out"
 
 
 def schema_fields(schema: type) -> Iterator[tuple[dataclasses.Field, Any, str | None]]:
@@ -48,6 +51,26 @@ def legal_keys(tree: Any, schema: type, where: Where, path: str = "") -> set[str
             if isinstance(node, Mapping):
                 keys |= {key} | {f"{key}.{name}" for name in signature(node, group, key, where).hints}
     return keys
+
+
+def check_typed(overrides: Iterable[str]) -> None:
+    """Refuse a key or token on the command line, which sweeps and histories keep, without saying it. Raises ConfigError."""
+    for word in overrides:
+        key, _, value = word.partition("=")
+        if hide_secrets(word) != word or hide_secrets(value, key) != value:
+            raise ConfigError(key_is("command line", hide_secrets(key), HIDDEN, f"holds a key or token: {KEYS_GO}"))
+
+
+def check_secrets(tree: Any, where: Where, key: str = "") -> None:
+    """Refuse a value that holds a key, a token or a user's name in a URL, wherever it was written. Raises ConfigError."""
+    if isinstance(tree, Mapping):
+        for name, value in tree.items():
+            check_secrets(value, where, f"{key}.{name}" if key else str(name))
+    elif isinstance(tree, list | tuple):
+        for value in tree:
+            check_secrets(value, where, key)
+    elif isinstance(hidden := hide_secrets(tree, key.rpartition(".")[2]), str) and hidden != tree:
+        raise ConfigError(key_is(where(key), key, HIDDEN, f"holds a key or token: {KEYS_GO}"))
 
 
 def check_names(cfg: DictConfig, schema: type, where: Where) -> None:

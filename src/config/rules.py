@@ -25,7 +25,7 @@ PROFILES = (("h200", 120), ("gpu_80g", 70), ("gpu_24g", 0))  # name, from how ma
 ADDED = ("compile", "cuda_graphs", "channels_last", "fit", "overlap", "nodes", "shard", "timeout_s", "oom")
 # Not science: where things go and how fast they get there. Dotted keys; a prefix covers what is below it.
 NOT_SCIENCE = ("hardware", "logger", "output_dir", "cache_dir", "out", "workers", "resume", "sweep", "tags", "name")
-NOT_SCIENCE += ("data.index_dir", "together", "together_tasks", "feature_cache.budget_gib")
+NOT_SCIENCE += ("data.index_dir", "data.allow_outside", "together", "together_tasks", "feature_cache.budget_gib")
 # Keys that came later, and the value at which nothing changed: a run from before them keeps its identity.
 LATER = {"backbone.quantize": None, "reuse": 1, "feature_cache.draws": None, "feature_cache.dtype": None}
 NOT_SCIENCE += ("budget.stop_at_images", "callbacks.control.max_failures")

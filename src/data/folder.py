@@ -10,7 +10,7 @@ import numpy as np
 from src.data import picture
 from src.data.captions import decode_text
 from src.data.framing import Framing
-from src.data.pairs import partners, refuse_twins, stem, walk
+from src.data.pairs import Bounds, is_file, partners, path_of, refuse_outside, refuse_twins, stem, walk
 from src.data.picture import SUFFIXES
 from src.data.records import IMAGE, Records, RecordSource, as_names, column
 from src.data.signals import MAP_SUFFIXES, check_signals
@@ -19,6 +19,7 @@ from src.data.tables import read_table
 from src.types import UserError
 
 TXT = ".txt"
+MAX_CAPTION_KIB = 1024
 
 
 class FolderRecords(Records):
@@ -29,6 +30,8 @@ class FolderRecords(Records):
     and an image that stands in several rows has several captions, one record each.
     signals: name of a signal -> folder with one map per image, of the same name but for the suffix, relative to `path` or to
     here; folders of maps below `path` are not searched for images. signal_columns: name of a signal -> column with its path.
+    allow_outside: whether links and the paths in a table may lead out of these folders; the folders themselves, which the
+    configuration names, may lie anywhere.
     """
 
     def __init__(
@@ -39,8 +42,9 @@ class FolderRecords(Records):
         caption_column: str,
         signals: Mapping[str, Any] | None,
         signal_columns: Mapping[str, Any] | None,
+        allow_outside: bool = False,
     ):
-        self.root = Path(path).expanduser()
+        self.root, self._outside = Path(path).expanduser(), allow_outside
         self.where = f"data.path={path!r}"
         folders, columns = as_names(signals), as_names(signal_columns)
         check_signals([*folders], "data.signals")
@@ -62,7 +66,7 @@ class FolderRecords(Records):
         for signal, folder in found.items():
             images = list(dict.fromkeys(self.files))
             key, suffixes = f"data.signals.{signal}", (*SUFFIXES, *MAP_SUFFIXES)
-            there = partners(images, self.root, folder, suffixes, key, exact=table is None)
+            there = partners(images, self.root, folder, suffixes, key, table is None, allow_outside)
             self._maps[signal] = [there[f] for f in self.files]
 
     def raw(self, row: int, part: str) -> Path:
@@ -76,6 +80,8 @@ class FolderRecords(Records):
             return self._captions[row]
         file = self.files[row].with_suffix(TXT)
         try:
+            if file.stat().st_size > MAX_CAPTION_KIB << 10:
+                raise BadSample(str(file), f"a caption of more than {MAX_CAPTION_KIB} KiB", "cut it, or remove it")
             return decode_text(file.read_bytes(), str(file))
         except FileNotFoundError:
             return None
@@ -87,7 +93,7 @@ class FolderRecords(Records):
         return "|".join(_stamp(self.raw(row, part)) for part in (IMAGE, *self.signals))
 
     def _find_images(self, without: list[Path]) -> None:
-        files = walk(self.root, without)
+        files = walk(self.root, without, without, self._outside)
         self.files = [f for f in files if f.suffix.lower() in SUFFIXES]
         if not self.files:
             seen = sorted({f.suffix for f in files})
@@ -127,8 +133,10 @@ class FolderRecords(Records):
         empty = [str(i) for i, row in enumerate(rows, 1) if not isinstance(row.get(name), str) or not row[name].strip()]
         if empty:
             raise UserError(f"{where}: {len(empty)} of {len(rows)} rows hold no path in {name}: rows {', '.join(empty[:10])}")
-        paths = [self.root / Path(row[name].strip()).expanduser() for row in rows]
-        lost = [row[name] for row, path in zip(rows, paths, strict=True) if not path.is_file()]
+        paths = [self.root / path_of(row[name].strip()) for row in rows]
+        named = [(f"row {i}: {name}={row[name]!r}", path) for i, (row, path) in enumerate(zip(rows, paths, strict=True), 1)]
+        refuse_outside(named, Bounds(self.root), self._outside, where, self.where)
+        lost = [row[name] for row, path in zip(rows, paths, strict=True) if not is_file(path)]
         if lost:
             fix = f"paths are read relative to {self.where}"
             raise UserError(f"{where}: {len(lost)} of {len(rows)} files of {name} do not exist: {', '.join(lost[:10])}; {fix}")
@@ -153,9 +161,10 @@ class FolderSource(RecordSource):
         caption_column: str = "text",
         signals: dict[str, str] | None = None,
         signal_columns: dict[str, str] | None = None,
+        allow_outside: bool = False,
         **rules: Any,
     ):
-        records = FolderRecords(path, table, image_column, caption_column, signals, signal_columns)
+        records = FolderRecords(path, table, image_column, caption_column, signals, signal_columns, allow_outside)
         super().__init__(records, name, val_images, split, resolution, **rules)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+from src.data.pairs import Bounds, is_file, path_of, refuse_outside
 from src.data.records import IMAGE, Records, RecordSource, as_names, column
 from src.data.signals import SIGNALS, check_signals
 from src.data.source import BadSample, Split
@@ -22,7 +23,7 @@ class HubRecords(Records):
     hub_split: the part of the data set that is read, of which the last images are held out.
 
     Ids are the names of the files where the images come from files, and row numbers otherwise. Paths in a column are
-    relative to `path`, or to here.
+    relative to `path`, or to here, and lead to what lies below `path` or in the library's own cache, unless `allow_outside`.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class HubRecords(Records):
         image_column: str,
         caption_column: str,
         signal_columns: Mapping[str, Any] | None,
+        allow_outside: bool = False,
     ):
         maps = as_names(signal_columns)
         self.signals = check_signals([*maps], "data.signal_columns")
@@ -48,13 +50,15 @@ class HubRecords(Records):
         self._parts = {part: data.select_columns([name]) for part, name in self.columns.items()}
         self._paths = {part: _paths(data, name) for part, name in self.columns.items()}
         self._stamp = _stamp(data)
+        self._bounds, self._outside = self._may_read(), allow_outside
+        self._refuse_outside()
         named = [self._below(path) for path, _ in self._paths[IMAGE] if path]
         self.ids = named if len(set(named)) == len(data) else [f"row {i}" for i in range(len(data))]
 
     def raw(self, row: int, part: str) -> Any:
         name, value = self.name(row, part), self._parts[part][row][self.columns[part]]
         if isinstance(value, Mapping) and "path" in value:  # an Image feature, as stored
-            value = value["bytes"] or value["path"]
+            value = value["path"] if value.get("bytes") is None else value["bytes"]
         if value is None:
             raise BadSample(name, "nothing stands there", "fill it in or remove the row")
         if isinstance(value, bytes) or (part != IMAGE and SIGNALS[part] == "joints" and not isinstance(value, str)):
@@ -81,13 +85,34 @@ class HubRecords(Records):
         return str(file.relative_to(self.root) if file.is_relative_to(self.root) else file)
 
     def _file_or_none(self, value: str) -> Path | None:
-        base = self.root if self.root.is_dir() else self.root.parent
-        tried = (base / Path(value).expanduser(), Path(value).expanduser())
-        return next((f for f in tried if f.is_file()), None)
+        return next((f for f in (self._base / path_of(value), path_of(value)) if is_file(f)), None)
+
+    @property
+    def _base(self) -> Path:
+        return self.root if self.root.is_dir() else self.root.parent
+
+    def _may_read(self) -> Bounds:
+        import datasets
+        from huggingface_hub.constants import HF_HUB_CACHE
+
+        caches = (Path(datasets.config.HF_DATASETS_CACHE), Path(HF_HUB_CACHE))  # for what it downloads and unpacks
+        return Bounds(*caches, *([self._base] if self.root.exists() else []))
+
+    def _refuse_outside(self) -> None:
+        for part, column_name in self.columns.items():
+            named = [
+                (f"row {row}: {column_name}={path!r}", self._file_or_none(path) or self._base / path_of(path))
+                for row, (path, inside) in enumerate(self._paths[part])
+                if path and not inside
+            ]
+            refuse_outside(named, self._bounds, self._outside, f"{self.where}, column {column_name}", "it")
 
     def _file(self, value: str, name: str) -> Path:
-        if file := self._file_or_none(value):
+        file = self._file_or_none(value)
+        if file and (self._outside or self._bounds.hold(file)):
             return file
+        if file:
+            raise BadSample(name, f"{value!r} leads out of {self.where}", "mend the path, or write data.allow_outside=true")
         reason = f"{value!r} is no file, neither here nor below {self.where}"
         raise BadSample(name, reason, "mend the path or remove the row")
 
@@ -110,9 +135,10 @@ class HubSource(RecordSource):
         image_column: str = "image",
         caption_column: str = "text",
         signal_columns: dict[str, str] | None = None,
+        allow_outside: bool = False,
         **rules: Any,
     ):
-        records = HubRecords(path, revision, hub_split, image_column, caption_column, signal_columns)
+        records = HubRecords(path, revision, hub_split, image_column, caption_column, signal_columns, allow_outside)
         super().__init__(records, name, val_images, split, resolution, **rules)
 
 

@@ -1,8 +1,11 @@
 """Files below a folder, and which of two folders belong together.
 
-Links are followed, each folder is entered once (a loop of links ends there), and names that begin with a dot are passed
-over, such as the `._x.jpg` that some archives bring. Files belong together whose paths below their folders are equal but
-for the suffix.
+Links are followed where they stay below the folder, each folder is entered once (a loop of links ends there), and names that
+begin with a dot are passed over, such as the `._x.jpg` that some archives bring. Files belong together whose paths below their
+folders are equal but for the suffix.
+
+A data set is often made by a stranger: its links and the paths in its tables may read what lies below its own folder, and
+nothing else of this machine, unless `data.allow_outside` says so.
 """
 
 import os
@@ -10,13 +13,73 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
 from src.data.records import first_twins
+from src.data.source import note_once
 from src.types import UserError
 
 
-def walk(root: Path, without: Iterable[Path] = ()) -> list[Path]:
-    """Every file below `root` in the order of their names. without: folders that are left out. Raises UserError."""
+class Bounds:
+    """Whether files really lie below one of some folders, whatever links are in between. Folders are looked up once each."""
+
+    def __init__(self, *roots: Path):
+        self.roots = [os.path.realpath(root) for root in roots]
+        self._real: dict[str, str] = {}
+
+    def hold(self, file: Path) -> bool:
+        """Also for a file that does not exist. False for what can be no path, such as one with a zero byte."""
+        folder, name = os.path.split(file)
+        try:
+            if name in ("", ".", "..") or os.path.islink(file):
+                real = os.path.realpath(file)
+            else:
+                if folder not in self._real:
+                    self._real[folder] = os.path.realpath(folder)
+                real = os.path.join(self._real[folder], name)
+        except (OSError, ValueError):
+            return False
+        return any(real == root or real.startswith(root.rstrip(os.sep) + os.sep) for root in self.roots)
+
+
+def refuse_outside(
+    named: Sequence[tuple[str, Path]], bounds: Bounds, allowed: bool, where: str, inside: str, link: bool = False
+) -> None:
+    """Refuse files that are not within bounds, or tell of them once where they are allowed. Raises UserError.
+
+    named: what stands where, for messages ("row 3: '../x.png'"), and the file that it means; where: the table, or the
+    folder; inside: what they should lie below; link: whether links lead there, and not words of a table.
+    """
+    out = [words for words, file in named if not bounds.hold(file)]
+    if not out:
+        return
+    what = "links lead" if link else "paths lead"
+    line = f"{where}: {len(out)} of {len(named)} {what} out of {inside}: {', '.join(out[:3])}"
+    if not allowed:
+        raise UserError(f"{line}; put the files below it, or write data.allow_outside=true if you trust whoever made them")
+    note_once(f"outside {where}", f"{line}; they are read, for data.allow_outside=true")
+
+
+def path_of(word: str) -> Path:
+    """A word of a table as a path; `~` is the home folder where there is such a user."""
+    try:
+        return Path(word).expanduser()
+    except RuntimeError:
+        return Path(word)
+
+
+def is_file(path: Path) -> bool:
+    """As Path's own, but False also for a name that no file system takes."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def walk(root: Path, without: Iterable[Path] = (), within: Sequence[Path] = (), allow_outside: bool = False) -> list[Path]:
+    """Every file below `root` in the order of their names. Raises UserError for links that lead out of it.
+
+    without: folders that are left out; within: folders where links may lead, too; allow_outside: anywhere.
+    """
     entered = {_identity(p) for p in without if p.is_dir()}
-    found: list[Path] = []
+    bounds, found, links = Bounds(root, *within), [], []
 
     def enter(folder: Path) -> None:
         if _identity(folder) in entered:
@@ -29,12 +92,18 @@ def walk(root: Path, without: Iterable[Path] = ()) -> list[Path]:
         for entry in entries:
             if entry.name.startswith("."):
                 continue
+            if entry.is_symlink():
+                link = folder / entry.name
+                links.append((f"{link.relative_to(root)} -> {os.readlink(link)}", link))
+                if not allow_outside and not bounds.hold(link):
+                    continue
             if _is_folder(entry):
                 enter(folder / entry.name)
             else:
                 found.append(folder / entry.name)
 
     enter(root)
+    refuse_outside(links, bounds, allow_outside, str(root), "it", link=True)
     return sorted(found)
 
 
@@ -55,18 +124,24 @@ def refuse_twins(files: Sequence[Path], root: Path, where: str) -> None:
 
 
 def partners(
-    images: Sequence[Path], root: Path, folder: Path, suffixes: Sequence[str], key: str, exact: bool
+    images: Sequence[Path],
+    root: Path,
+    folder: Path,
+    suffixes: Sequence[str],
+    key: str,
+    exact: bool,
+    allow_outside: bool = False,
 ) -> dict[Path, Path]:
     """image below `root` -> its map below `folder`. Raises UserError with the first 10 names that have no partner.
 
     suffixes: of maps; key: of the configuration, as messages call the folder; exact: whether a map without an image is a
-    fault as well.
+    fault as well; allow_outside: whether links may lead elsewhere than below the two folders.
     """
     if outside := [str(f) for f in images if not f.is_relative_to(root)]:
         fix = "name the maps in columns of the table, data.signal_columns"
         raise UserError(f"{key}: partners are found by their paths below {str(root)!r}, where {outside[0]} is not; {fix}")
     where = f"{key}={str(folder)!r}"
-    files = [f for f in walk(folder) if f.suffix.lower() in suffixes]
+    files = [f for f in walk(folder, (), (root,), allow_outside) if f.suffix.lower() in suffixes]
     refuse_twins(images, root, f"images of {key}")
     refuse_twins(files, folder, where)
     wanted, there = {stem(f, root): f for f in images}, {stem(f, folder): f for f in files}

@@ -24,6 +24,7 @@ from src.types import UserError
 
 INDEX_VERSION = 1
 MAX_MEMBER_MIB = 512
+MAX_INDEX_SHARE = 2  # of a shard's own bytes: an index is far smaller, since a member has a header of a block
 BLOCK = 512  # bytes; a tar file ends with empty blocks
 HEAD = 1 << 16  # bytes of a picture that hold its header, mostly
 REDO = "write the shard again or remove it"
@@ -138,8 +139,7 @@ def scan(file: Path) -> ShardIndex:
 
 
 def _check_member(file: Path, member: tarfile.TarInfo, size: int) -> None:
-    name = PurePosixPath(member.name)
-    if name.is_absolute() or ".." in name.parts:
+    if _leaves(member.name):
         raise UserError(f"{file}: the member {member.name!r} leaves its folder; {REDO}")
     if member.isdir():
         return
@@ -190,12 +190,46 @@ def _header(stream: BinaryIO, part: Part, name: str) -> list:
 
 
 def _stored(place: Path, stamp: list[int]) -> dict | None:
-    """An index on disk, if it is whole and of this very shard."""
+    """An index on disk, if it is whole, of this very shard, and could have been made here."""
     try:
+        if place.stat().st_size > MAX_INDEX_SHARE * stamp[1]:
+            return None
         stored = json.loads(place.read_bytes())
-        return stored if stored["stamp"] == stamp and {"keys", "parts", "headers"} <= stored.keys() else None
-    except (OSError, ValueError, KeyError, TypeError):
+        if stored["stamp"] != stamp:
+            return None
+        keys, parts, headers = stored["keys"], stored["parts"], stored["headers"]
+        if _could_be(keys, parts, headers, stamp[1]):
+            return stored
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
+    note_once(f"index {place}", f"{place} does not fit its shard, and is made anew")
+    return None
+
+
+def _could_be(keys: list, parts: list, headers: list, size: int) -> bool:
+    """Whether stored fields have the form of an index, and every part lies within a shard of `size` bytes: an index comes
+    along with its shard, and may be as wrong as any file."""
+    if not (isinstance(keys, list) and isinstance(parts, list) and isinstance(headers, list)):
+        return False
+    if not len(keys) == len(parts) == len(headers) or len(set(keys)) != len(keys):
+        return False
+    for key, members, known in zip(keys, parts, headers, strict=True):
+        if not isinstance(key, str) or _leaves(key) or known.keys() != {s for s in members if _has_size(s)}:
+            return False
+        for offset, count in members.values():
+            whole = type(offset) is int and type(count) is int
+            if not whole or offset < BLOCK or not 0 <= count <= MAX_MEMBER_MIB << 20 or offset + count > size:
+                return False
+        for found in known.values():
+            kinds = [type(value) for value in found]
+            if kinds != [str, str] and not (kinds == [int, int, str] and min(found[:2]) > 0):
+                return False
+    return True
+
+
+def _leaves(name: str) -> bool:
+    path = PurePosixPath(name)
+    return path.is_absolute() or ".." in path.parts
 
 
 def _write(place: Path, text: str) -> bool:

@@ -116,6 +116,8 @@ class ShardRecords(Records):
             found = json.loads(self._read(row, "json"))
         except ValueError as error:
             raise BadSample(name, f"not JSON ({error})", "mend or remove it") from error
+        except RecursionError as error:
+            raise BadSample(name, "JSON of too many brackets within brackets", "mend or remove it") from error
         if not isinstance(found, dict):
             raise BadSample(name, f"a {type(found).__name__}, not an object", "write {...}")
         return found

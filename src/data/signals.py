@@ -13,6 +13,7 @@ A signal's name decides its kind:
 
 import io
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -59,6 +60,8 @@ MIRRORED = {  # joints per person -> pairs that change places in a mirror
     18: (*LIMBS, (14, 15), (16, 17)),  # OpenPose
 }
 NPY = b"\x93NUMPY"
+MAX_JOINT_NUMBERS = 1_000_000  # of one image: 18,000 people
+MAX_JSON_MIB = 64
 
 
 def check_signals(names: Sequence[str], key: str) -> tuple[str, ...]:
@@ -81,15 +84,29 @@ def map_size(signal: str, raw: Any, name: str) -> tuple[int, int] | None:
 
 def npy_size(raw: Raw, name: str) -> tuple[int, int]:
     """The first two sides of an array from the header of its .npy file. Raises BadSample."""
+    shape, _, _ = _npy_header(raw, name)
+    if 0 in shape[:2]:
+        raise BadSample(name, f"an array of shape {shape}", MEND)
+    return shape[0], shape[1]
+
+
+def _npy_header(raw: Raw, name: str) -> tuple[tuple[int, ...], np.dtype, int]:
+    """(shape, type, bytes before the values) of a .npy file, within the limits. Raises BadSample."""
     try:
         with raw.open("rb") if isinstance(raw, Path) else io.BytesIO(raw) as stream:
             version = np.lib.format.read_magic(stream)
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, _, _ = read(stream)
-    except (OSError, ValueError, EOFError) as error:
+            shape, _, dtype = read(stream)
+            begin = stream.tell()
+    except (OSError, ValueError, EOFError, RecursionError, MemoryError) as error:  # the last two: of nested brackets
         raise BadSample(name, f"not a whole .npy file ({' '.join(str(error).split())})", MEND) from error
-    _check_npy(shape, name)
-    return shape[0], shape[1]
+    if len(shape) < 2:
+        raise BadSample(name, f"an array of shape {shape}", "write (height, width)")
+    if min(shape) < 0 or dtype.hasobject or not dtype.itemsize:
+        raise BadSample(name, f"an array of shape {shape} and type {dtype}", "write plain numbers")
+    if np.prod(shape, dtype=float) > MAX_MEGAPIXELS * 1e6:
+        raise too_large(name, f"an array of shape {shape}")
+    return shape, dtype, begin
 
 
 def read_map(signal: str, raw: Any, name: str, matte: str = "white") -> np.ndarray:
@@ -147,7 +164,7 @@ def read_joints(raw: Any, name: str) -> np.ndarray:
     `annotations[].keypoints` (COCO).
     """
     if isinstance(raw, Path | bytes):
-        raw = _load_npy(raw, name) if _is_npy(raw, name) else _load_json(raw, name)
+        raw = _load_npy(raw, name, MAX_JOINT_NUMBERS) if _is_npy(raw, name) else _load_json(raw, name)
     layouts = ", ".join(map(str, MIRRORED))
     fix = f"write (people, joints, 2 or 3) numbers, with {layouts} joints a person"
     try:
@@ -161,7 +178,7 @@ def read_joints(raw: Any, name: str) -> np.ndarray:
             values = values[None]
         if values.ndim == 2:
             values = values.reshape(len(values), -1, 3)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise BadSample(name, f"no list of joints ({' '.join(str(error).split())})", fix) from error
     if values.ndim != 3 or values.shape[1] not in MIRRORED or values.shape[2] not in (2, 3):
         raise BadSample(name, f"joints of shape {values.shape}", fix)
@@ -180,9 +197,14 @@ def _people(found: Mapping[str, Any]) -> Any:
 
 def _load_json(raw: Raw, name: str) -> Any:
     try:
+        size = raw.stat().st_size if isinstance(raw, Path) else len(raw)
+        if size > MAX_JSON_MIB << 20:
+            raise BadSample(name, f"JSON of {size} bytes, more than {MAX_JSON_MIB} MiB", MEND)
         return json.loads(raw.read_bytes() if isinstance(raw, Path) else raw)
     except OSError as error:
         raise BadSample(name, *diagnosis(raw, error)) from error
+    except RecursionError as error:
+        raise BadSample(name, "JSON of too many brackets within brackets", MEND) from error
     except ValueError as error:
         raise BadSample(name, f"not JSON ({error})", MEND) from error
 
@@ -194,17 +216,15 @@ def _is_npy(raw: Any, name: str) -> bool:
         raise BadSample(name, *diagnosis(raw, error)) from error
 
 
-def _load_npy(raw: Raw, name: str) -> np.ndarray:
+def _load_npy(raw: Raw, name: str, most: float = math.inf) -> np.ndarray:
+    """The array; nothing is allocated for values that its header claims and the file does not have. most: numbers in it."""
+    shape, dtype, begin = _npy_header(raw, name)
+    if math.prod(shape) > most:
+        raise BadSample(name, f"an array of shape {shape}, more than {most} numbers", MEND)
     try:
-        values = np.load(raw if isinstance(raw, Path) else io.BytesIO(raw), allow_pickle=False)
+        size, claimed = raw.stat().st_size if isinstance(raw, Path) else len(raw), math.prod(shape) * dtype.itemsize
+        if size < begin + claimed:
+            raise ValueError(f"its header claims {claimed} bytes of values, and {size - begin} are there")
+        return np.load(raw if isinstance(raw, Path) else io.BytesIO(raw), allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise BadSample(name, f"not a whole .npy file ({' '.join(str(error).split())})", MEND) from error
-    _check_npy(values.shape, name)
-    return values
-
-
-def _check_npy(shape: tuple[int, ...], name: str) -> None:
-    if len(shape) < 2:
-        raise BadSample(name, f"an array of shape {shape}", "write (height, width)")
-    if np.prod(shape, dtype=float) > MAX_MEGAPIXELS * 1e6:
-        raise too_large(name, f"an array of shape {shape}")

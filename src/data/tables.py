@@ -42,6 +42,8 @@ def _jsonl(text: str, where: str) -> list[dict[str, Any]]:
             row = json.loads(line)
         except ValueError as error:
             raise UserError(f"{where}: line {number} is not JSON ({error}); mend it") from error
+        except RecursionError as error:
+            raise UserError(f"{where}: line {number} has too many brackets within brackets; mend or remove it") from error
         if not isinstance(row, dict):
             raise UserError(f"{where}: line {number} is a {type(row).__name__}; write one object per line, {{...}}")
         rows.append(row)

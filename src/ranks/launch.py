@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from src.results import hide_secrets, scrub
 from src.types import UserError
 
 FOLDER = "CONTROLBENCH_RANKS"  # in the environment of a rank: where it tells of its error
@@ -149,6 +150,8 @@ def _tell(folder: Path, base: int, bad: Mapping[int, int], hung: set[int]) -> in
 
     base: the rank of local number 0; bad: exit codes by local number; hung: those that had to be ended.
     """
+    for log in folder.glob("rank-*.log"):
+        scrub(log)
     told = sorted((json.loads(file.read_text()) for file in folder.glob("rank-*.json")), key=lambda e: e["time"])
     silent = {base + local: code for local, code in bad.items()}
     for error in told:
@@ -193,7 +196,7 @@ def record(error: BaseException) -> None:
     refusal = isinstance(error, UserError)
     line = line if refusal else f"{type(error).__name__}: {line}"
     found = {"time": time.time(), "rank": rank, "refusal": refusal, "line": line}
-    found["traceback"] = "".join(traceback.format_exception(error))
+    found = hide_secrets(found | {"traceback": "".join(traceback.format_exception(error))})
     part = Path(os.environ[FOLDER]) / f".rank-{rank}"
     with contextlib.suppress(OSError):  # it has gone
         part.write_text(json.dumps(found))

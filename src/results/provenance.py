@@ -16,6 +16,7 @@ from src.results.checks import plain
 PACKAGES = ("torch", "diffusers", "transformers", "pytorch_lightning", "numpy")
 HIDDEN = "<hidden>"
 _SECRET_NAME = re.compile(r"(^|[_\-.+])(api_?key|access_?key|auth|token|secret|passwd|password|credentials?)$", re.IGNORECASE)
+_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}\b")  # as the hub makes them
 _URL_USER = re.compile(r"(?<=://)[^/\s@]+@")
 _ABSOLUTE = re.compile(r"(?:(?<=file://)|(?<![\w.:/~\-]))/[^\s,'\"\]\}=:]+")
 
@@ -66,7 +67,7 @@ def _short_path(match: re.Match) -> str:
 
 def hide_secrets(value: Any, name: str = "") -> Any:
     """A copy fit for a file or a server: no value under a name like hf_token or api_key, no value of such an environment
-    variable, no user in a URL."""
+    variable, no token of the hub, no user in a URL."""
     if isinstance(value, Mapping):
         return {key: hide_secrets(item, str(key)) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -74,8 +75,32 @@ def hide_secrets(value: Any, name: str = "") -> Any:
     if value and _SECRET_NAME.search(name):
         return HIDDEN
     if isinstance(value, str):
-        for variable, secret in os.environ.items():
-            if len(secret) >= 8 and _SECRET_NAME.search(variable):
-                value = value.replace(secret, HIDDEN)
-        return _URL_USER.sub("", value)
+        return _URL_USER.sub("", _without(value, _secrets()))
     return plain(value)
+
+
+def scrub(file: Path) -> None:
+    """Hide the keys and tokens in a log that a process wrote, line by line. Leaves it alone where it cannot be written."""
+    secrets, part = _secrets(), file.with_name(f".{file.name}.part")
+    try:
+        with file.open("r", encoding="utf-8", errors="surrogateescape", newline="") as log:
+            if all(line == _without(line, secrets) for line in log):
+                return
+            log.seek(0)
+            with part.open("w", encoding="utf-8", errors="surrogateescape", newline="") as clean:
+                clean.writelines(_without(line, secrets) for line in log)
+        os.replace(part, file)
+    except OSError:
+        part.unlink(missing_ok=True)
+
+
+def _secrets() -> list[str]:
+    """The values of environment variables that are named like a key, the longest first: one may hold another."""
+    found = {value for name, value in os.environ.items() if len(value) >= 8 and _SECRET_NAME.search(name)}
+    return sorted(found, key=len, reverse=True)
+
+
+def _without(text: str, secrets: list[str]) -> str:
+    for secret in secrets:
+        text = text.replace(secret, HIDDEN)
+    return _TOKEN.sub(HIDDEN, text)

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from src.results import scrub
+
 REFUSAL = "error: "  # how an entry begins the line that says what it refuses
 TAIL_BYTES = 64 * 1024  # of a log: what is read back of it
 _OUT_OF_MEMORY = re.compile(r"^[\w.]*(OutOfMemoryError|MemoryError)\b|out of memory|can't allocate memory|not enough memory")
@@ -72,6 +74,7 @@ class CellProcess:
         if code is not None:
             if self._told is not None:
                 self._kill_group()  # its workers, if it left any
+            scrub(self.log)
             return Ending(code, now - self._began, self._timed_out)
         if self._told is None and self._limit_s is not None and now - self._began > self._limit_s:
             self._timed_out = True

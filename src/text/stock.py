@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from src.hub import from_safetensors
 from src.types import TextCond
 
 
@@ -18,7 +19,7 @@ class StockText:
 
     def __init__(self, kind: type, folder: Path, device: torch.device, **parts: Any):
         dtype = torch.float32 if device.type == "cpu" else torch.float16
-        self.pipe = kind.from_pretrained(folder, **parts, dtype=dtype, local_files_only=True)
+        self.pipe = from_safetensors(kind, folder, **parts, dtype=dtype)
         for part in self.pipe.components.values():
             if isinstance(part, nn.Module) and not next(part.parameters()).is_meta:
                 part.to(device)
