@@ -17,6 +17,12 @@ from src.results import read_results, read_rows
 from tests.conftest import QUICK, ROOT, run_entry, run_folder
 from tests.wandb_reader import finished_run
 
+KEYS = {
+    "HF_TOKEN": "hf_tokenOfNobodyForTheTests000000001",
+    "HUGGING_FACE_HUB_TOKEN": "nobodysHubTokenForTheTests0002",
+    "WANDB_API_KEY": "0123456789abcdef0123456789abcdef00000003",
+}
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, cache_dir):
@@ -24,9 +30,19 @@ def finished(tmp_path_factory, cache_dir):
     out = tmp_path_factory.mktemp("runs")
     places = [f"output_dir={out}", f"cache_dir={cache_dir}"]
     speak = ["control_arm=true", "logger=wandb", "logger.group=tests", "tags=[quick]"]
-    done = run_entry("train", "+experiment=unicon_sd3_canny", *QUICK, *speak, *places)
+    done = run_entry("train", "+experiment=unicon_sd3_canny", *QUICK, *speak, *places, **KEYS)
     assert done.returncode == 0, done.stdout + done.stderr
     return done, run_folder(done)
+
+
+def test_no_key_of_the_environment_is_kept_or_said(finished):
+    done, folder = finished
+    kept = {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    assert {"config.yaml", "results.json", "events.jsonl"} <= set(kept)
+    assert any(name.startswith("wandb/") and name.endswith(".wandb") for name in kept)
+    for name, key in KEYS.items():
+        assert key not in done.stdout + done.stderr, name
+        assert [file for file, data in kept.items() if key.encode() in data] == [], name
 
 
 def test_the_run_says_what_a_person_wants_to_know(finished):

@@ -18,6 +18,11 @@ from tests.report_rows import cells, estimate, make_cell, make_run
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 NASTY = '<img src=x onerror="console.error(1)"></script><script>console.error(2)</script> {{ 7 * 7 }} "\''
 
+# of a run folder; a slash makes two names of it, and one tag of the path that is shown
+NASTY_FOLDER = (
+    "\"q' <img src=y onerror=console.error(3)> \u2603 \u202e&amp; {{ 7 }} x</script><script>console.error(4)</script>"
+)
+
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
@@ -25,7 +30,13 @@ def report(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     for i, adapter in enumerate(("unicon", "zebra" + NASTY)):
         where = make_run(
-            folder, f"run{i}", np.linspace(0, 1, 50) + i / 100, adapter=adapter, command=f"python {NASTY}", images_seen=9600
+            folder,
+            f"run{i}{NASTY_FOLDER}",
+            np.linspace(0, 1, 50) + i / 100,
+            adapter=adapter,
+            command=f"python {NASTY}",
+            images_seen=9600,
+            date="2026-01-04T00:00:00+00:00",
         )
         cells(where, seed=1, controlled=i)
         rows = [{"images_seen": n, "train/seconds": n / 100, "val/canny_f1": n / 40000 + i / 10} for n in (3200, 6400, 9600)]
@@ -86,7 +97,9 @@ def test_the_page_is_one_light_file_that_asks_for_nothing(report):
 def test_names_captions_and_commands_are_escaped(report):
     text = report.read_text()
     assert "<img src=x" not in text
+    assert "<img src=y" not in text
     assert "<script>console" not in text
+    assert "\u2603" in text  # the folder's name is shown, as text
     assert text.count("</script>") == 2  # the page's own: its data and its program
     assert "{{ 7 * 7 }}" in text
     assert "&lt;img src=x onerror=" in text

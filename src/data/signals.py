@@ -16,6 +16,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any, Literal
 
 import cv2
@@ -98,7 +99,7 @@ def _npy_header(raw: Raw, name: str) -> tuple[tuple[int, ...], np.dtype, int]:
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             shape, _, dtype = read(stream)
             begin = stream.tell()
-    except (OSError, ValueError, EOFError, RecursionError, MemoryError) as error:  # the last two: of nested brackets
+    except (OSError, ValueError, EOFError, TokenError, RecursionError, MemoryError) as error:  # the last three: of brackets
         raise BadSample(name, f"not a whole .npy file ({' '.join(str(error).split())})", MEND) from error
     if len(shape) < 2:
         raise BadSample(name, f"an array of shape {shape}", "write (height, width)")
