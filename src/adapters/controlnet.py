@@ -29,6 +29,10 @@ class ControlNet(ControlAdapter):
     families: ClassVar = ("unet",)
     grad_through_backbone: ClassVar = True
     identity_at_init: ClassVar = True
+    steps_to_all: ClassVar = (
+        3  # two zero layers in a row: a connector, then conv_out of the hint, then what lies in front of it
+    )
+    idea: ClassVar = "controlnet"
 
     def __init__(
         self,
