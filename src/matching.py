@@ -5,6 +5,7 @@ computed from formulas. The published shape is kept if it already fits; then ano
 nearest depth.
 """
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,13 +20,17 @@ from src.support import NOT_OPTIONS, check_cell, options
 from src.types import UserError
 
 TOLERANCE = 0.03  # share of the target
-WIDEST = 16  # times the backbone's width
+WIDEST = 16  # times the backbone's width, or where that is too little its widest level's
+
+
+class NoMatch(UserError):
+    """No depth and width of a method comes near a size."""
 
 
 def matched(cfg: DictConfig, backbone: Backbone) -> tuple[DictConfig, str | None]:
     """-> the configuration with depth and width chosen, and one line on what was chosen (None: nothing asked).
 
-    Raises UserError if no depth and width of this method comes within 3 % of the target.
+    Raises NoMatch if no depth and width of this method comes within 3 % of the target, with the direction that does work.
     """
     if cfg.adapter.get("params_match") is None:
         return cfg, None
@@ -33,18 +38,34 @@ def matched(cfg: DictConfig, backbone: Backbone) -> tuple[DictConfig, str | None
         hollow = backbone.hollow(torch.float32)
     target = _target(cfg, hollow)
 
-    sizes: dict[str, float] = {}
-
-    def count(changes: dict) -> float:
-        if str(changes) not in sizes:
-            sizes[str(changes)] = _trainable_m(_changed(cfg, changes), hollow)
-        return sizes[str(changes)]
-
-    changes = _search(cfg, hollow, target, count)
+    try:
+        changes = _search(cfg, hollow, target)
+    except NoMatch as exc:
+        raise NoMatch(f"{exc}{_other_way(cfg, hollow)}") from None
     cfg = _changed(cfg, changes)
     size, wanted = _trainable_m(cfg, hollow), cfg.adapter.params_match
-    chosen = ", ".join(f"adapter.{k}={v}" for k, v in changes.items()) or "as it is"
+    chosen = ", ".join(f"adapter.{k}={'null' if v is None else v}" for k, v in changes.items()) or "as it is"
     return cfg, f"adapter.params_match={wanted}: {target:.3f} M wanted, {size:.3f} M with {chosen}"
+
+
+def _other_way(cfg: DictConfig, hollow: Backbone) -> str:
+    """Whether the other adapter can be brought to the size of this one, tried: the end of a refusal."""
+    wanted = cfg.adapter.params_match
+    if not isinstance(wanted, str):
+        return ""
+    other = _with_adapter(cfg, wanted)
+    try:
+        _search(other, hollow, _trainable_m(_with_adapter(cfg, cfg.adapter.name), hollow))
+    except NoMatch:
+        return f"; nor can {wanted} be brought to the size of {cfg.adapter.name}: compare them as they are, with their sizes"
+    return f"; the other way round works: adapter={wanted} adapter.params_match={cfg.adapter.name}"
+
+
+def _with_adapter(cfg: DictConfig, name: str) -> DictConfig:
+    """The configuration with another adapter, as its yaml has it."""
+    other = cfg.copy()
+    other.adapter = load("train", [f"adapter={name}"], Path(CONF)).adapter
+    return other
 
 
 def _target(cfg: DictConfig, hollow: Backbone) -> float:
@@ -55,14 +76,20 @@ def _target(cfg: DictConfig, hollow: Backbone) -> float:
         raise UserError(
             f"adapter.params_match={wanted!r} is neither a number of millions nor an adapter: {', '.join(options('adapter'))}"
         )
-    other = cfg.copy()
-    other.adapter = load("train", [f"adapter={wanted}"], Path(CONF)).adapter
+    other = _with_adapter(cfg, wanted)
     check_cell(other, hollow)
     return _trainable_m(other, hollow)
 
 
-def _search(cfg: DictConfig, hollow: Backbone, target: float, count: Callable[[dict], float]) -> dict:
-    """The changes that bring the size near enough; the fewer the better."""
+def _search(cfg: DictConfig, hollow: Backbone, target: float) -> dict:
+    """The changes that bring the size near enough; the fewer the better. Raises NoMatch."""
+    sizes: dict[str, float] = {}
+
+    def count(changes: dict) -> float:
+        if str(changes) not in sizes:
+            sizes[str(changes)] = _trainable_m(_changed(cfg, changes), hollow)
+        return sizes[str(changes)]
+
     method, facts = get_class(cfg.adapter._target_), hollow.facts
     given = {k: v for k, v in cfg.adapter.items() if k not in NOT_OPTIONS}
 
@@ -87,13 +114,17 @@ def _search(cfg: DictConfig, hollow: Backbone, target: float, count: Callable[[d
         def wide(width: int, depth: dict = depth) -> dict:
             return depth | method.widened(facts, width, **given)
 
-        width = _solve(1, WIDEST * facts.width, lambda w, wide=wide: count(wide(w)), target)
+        most = WIDEST * facts.width
+        if max(facts.widths) > facts.width and count(wide(most)) < target:
+            most = WIDEST * max(facts.widths)
+        width = _solve(1, most, lambda w, wide=wide: count(wide(w)), target)
         if near(wide(width)):
-            found.append((abs(width - facts.width / 2), wide(width)))  # two layers of half the width weigh as a square one
+            # two layers of half the width weigh as a square one; a bottleneck of one is further from it than a wide layer
+            found.append((abs(math.log(2 * width / facts.width)), wide(width)))
     if not found:
-        raise UserError(
+        raise NoMatch(
             f"adapter.params_match={cfg.adapter.params_match}: adapter={cfg.adapter.name} on backbone={cfg.backbone.name} has "
-            f"{count({}):.3f} M and no depth or width near {target:.3f} M; match the other way round"
+            f"{count({}):.3f} M and no depth or width near {target:.3f} M"
         )
     return min(found, key=lambda pair: pair[0])[1]
 

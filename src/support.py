@@ -1,4 +1,4 @@
-"""Which adapter works on which backbone: asked of the classes themselves, before any weight is read.
+"""Which adapter works on which backbone for which task: asked of the classes themselves, before any weight is read.
 
 `python -m src.train --list` prints it, the README holds the same table, and a run of an unsupported pair is refused with it.
 Facts of full-size backbones come from their shipped shapes, so that nothing is downloaded to know what is possible.
@@ -26,28 +26,63 @@ def options(group: str) -> list[str]:
     return sorted(p.stem for p in (Path(CONF) / group).glob("*.yaml"))
 
 
-def refusal(adapter: Mapping[str, Any], facts: BackboneFacts) -> str | None:
-    """Why an adapter node cannot work on a backbone; None if it can."""
-    given = {k: v for k, v in adapter.items() if k not in NOT_OPTIONS}
-    return get_class(adapter["_target_"]).refusal(facts, **given)
+def refusal(node: Mapping[str, Any], facts: BackboneFacts) -> str | None:
+    """Why an adapter or task node cannot work on a backbone; None if it can."""
+    given = {k: v for k, v in node.items() if k not in NOT_OPTIONS}
+    return get_class(node["_target_"]).refusal(facts, **given)
 
 
 def check_cell(cfg: DictConfig, backbone: Backbone) -> None:
-    """Refuse an unsupported pair with the reason and what works instead. Raises Unsupported."""
-    adapter = OmegaConf.to_container(cfg.adapter, resolve=True)
-    reason = refusal(adapter, backbone.facts)
-    if reason is None:
-        return
-    others = [a for a in options("adapter") if a not in (cfg.adapter.name, "template")]
-    works = [a for a in others if refusal(_adapter(a), backbone.facts) is None]
-    raise Unsupported(
-        f"adapter={cfg.adapter.name} backbone={cfg.backbone.name}: {reason} (on this backbone: {', '.join(works) or 'none'})"
-    )
+    """Refuse an unsupported adapter or task with the reason and the nearest that works. Raises Unsupported."""
+    adapter, facts = OmegaConf.to_container(cfg.adapter, resolve=True), backbone.facts
+    reason = refusal(adapter, facts)
+    if reason is not None:
+        near = nearest(adapter, facts)
+        raise Unsupported(f"adapter={cfg.adapter.name} backbone={cfg.backbone.name}: {reason} ({near})")
+    task = OmegaConf.to_container(cfg.task, resolve=True) if cfg.get("task") else None
+    reason = task and refusal(task, facts)
+    if reason:
+        works = [t for t in options("task") if refusal(_node("task", t), facts) is None]
+        raise Unsupported(
+            f"task={cfg.task.name} backbone={cfg.backbone.name}: {reason} (on this backbone: {', '.join(works) or 'none'})"
+        )
 
 
+def nearest(adapter: Mapping[str, Any], facts: BackboneFacts) -> str:
+    """What works instead of an adapter that does not: on its backbone the same with its yaml's own options, else one of the
+    same idea, else all there are; and the backbone where it does, preferably of the same family and kind of weights."""
+    name, works = adapter["name"], []
+    for other in (o for o in options("adapter") if o != "template"):
+        if refusal(_node("adapter", other), facts) is None:
+            works.append(other)
+    idea = get_class(adapter["_target_"]).idea
+    akin = [o for o in works if idea and get_class(_node("adapter", o)["_target_"]).idea == idea]
+    own = [f"adapter={name} with its yaml's own options"] if name in works else []
+    here = ", ".join(own or akin or works) or "none"
+    embedded = facts.source.startswith("embedded:")
+    bases = sorted(options("backbone"), key=lambda b: (_family(b) != facts.family, b.endswith("_tiny") != embedded))
+    there = next((b for b in bases if refusal(adapter, _facts(b)) is None), None)
+    return f"on this backbone: {here}" + (f"; with this adapter: backbone={there}" if there else "")
+
+
+@cache
 def matrix() -> dict[str, dict[str, str | None]]:
     """adapter -> backbone -> None where it works, else the reason why not."""
-    return {a: {b: refusal(_adapter(a), _facts(b)) for b in options("backbone")} for a in options("adapter")}
+    return {a: {b: refusal(_node("adapter", a), _facts(b)) for b in options("backbone")} for a in options("adapter")}
+
+
+def task_gaps() -> dict[str, dict[str, str]]:
+    """task -> backbone -> why it cannot be learned there, for those that cannot; adapters read every condition alike."""
+    found = {t: {b: refusal(_node("task", t), _facts(b)) for b in options("backbone")} for t in options("task")}
+    return {t: {b: reason for b, reason in row.items() if reason} for t, row in found.items()}
+
+
+def tasks_line() -> str:
+    """Which cells work with which tasks, in a sentence."""
+    gaps = task_gaps()
+    line = f"Every cell works with every task: {', '.join(t for t, row in gaps.items() if not row)}."
+    but = [f"{task} not on {', '.join(row)}" for task, row in gaps.items() if row]
+    return f"{line} But {'; '.join(but)}." if but else line
 
 
 def table() -> str:
@@ -57,7 +92,7 @@ def table() -> str:
     lines = [f"| adapter | {' | '.join(backbones)} |", "| --- |" + " :-: |" * len(backbones)]
     for adapter, cells in found.items():
         lines.append(f"| {adapter} | {' | '.join('yes' if cells[b] is None else '-' for b in backbones)} |")
-    return "\n".join([*lines, "", f"Every cell works with every task: {', '.join(options('task'))}."])
+    return "\n".join([*lines, "", tasks_line()])
 
 
 def reasons() -> str:
@@ -67,12 +102,19 @@ def reasons() -> str:
         for reason in sorted({r for r in cells.values() if r}):
             where = ", ".join(b for b, r in cells.items() if r == reason)
             lines.append(f"{adapter} not on {where}: {reason}")
+    lines += [f"{task} not on {base}: {reason}" for task, row in task_gaps().items() for base, reason in row.items()]
     return "\n".join(lines)
 
 
 @cache
-def _adapter(name: str) -> dict[str, Any]:
-    return OmegaConf.to_container(load("train", [f"adapter={name}"]).adapter, resolve=True)
+def _node(group: str, name: str) -> dict[str, Any]:
+    return OmegaConf.to_container(load("train", [f"{group}={name}"])[group], resolve=True)
+
+
+@cache
+def _family(name: str) -> str:
+    """Of a backbone, by the module that its yaml names: cheaper than its facts."""
+    return OmegaConf.load(Path(CONF) / "backbone" / f"{name}.yaml")["_target_"].split(".")[-2]
 
 
 @cache

@@ -247,8 +247,8 @@ def announce(part: Part, adapter: ControlAdapter, arm: str) -> dict:
     print(f"{part.label}{' without condition' if arm else ''} on {part.run.cfg.backbone.name}: frozen {frozen:.2f} M, ", end="")
     print(f"trainable {sum(parts.values()):.2f} M ({split})", flush=True)
     if adapter.unreached:
-        idle = sum(adapter.get_parameter(name).numel() for name in adapter.unreached) / 1e6
-        print(f"not trained, for nothing reads what they compute: {idle:.3f} M ({adapter.unreached[0]}, ...)", flush=True)
+        print(f"not trained, for nothing reads what they compute: {adapter.frozen_dead_m():.3f} M", end="")
+        print(f" ({adapter.unreached[0]}, ...)", flush=True)
     return {"frozen_m": frozen, "trainable_m": sum(parts.values()), "arm": arm or "with_condition"}
 
 

@@ -109,7 +109,8 @@ class BackboneFacts:
     patch: latent side of a feature at step 0; depth: K; widths: D before step 0 and after each step, K + 1 numbers;
     middle: the step at which the decoder begins, for the half-size copy (a transformer's second half, a U-Net's middle block);
     text_tokens: L; text_width, pooled_width: D and P of `TextCond`; text_mask: whether it carries a mask.
-    levels: widths of a U-Net's levels; attends: which of them have attention. largest: pixels of the longest side that the
+    levels: widths of a U-Net's levels; attends: which of them have attention; stacked: skips that wait before each of its
+    steps and after the last one, K + 1 numbers. largest: pixels of the longest side that the
     position embedding reaches; None where it has no end.
     """
 
@@ -129,6 +130,7 @@ class BackboneFacts:
     text_mask: bool = False
     levels: tuple[int, ...] = ()
     attends: tuple[bool, ...] = ()
+    stacked: tuple[int, ...] = ()
     largest: int | None = None
     licence_url: str | None = None
 
@@ -136,6 +138,12 @@ class BackboneFacts:
     def width(self) -> int:
         """D of the first features, and of all of them in a transformer."""
         return self.widths[0]
+
+    @property
+    def samples_up(self) -> frozenset[int]:
+        """The decoder's steps that only enlarge: behind the middle, and no skip joins there."""
+        waits = self.stacked
+        return frozenset(k for k in range(self.middle + 1, self.depth if waits else 0) if waits[k] == waits[k + 1])
 
     @property
     def spatial(self) -> bool:

@@ -104,6 +104,12 @@ def test_the_last_copy_of_sd3_learns_no_text():
     assert inner - last == pytest.approx(30.68, abs=0.01)
 
 
+def test_all_blocks_of_a_transformer_are_all_but_the_last():
+    """The most that PixArt-delta's ablation and diffusers' SD3 copy."""
+    assert len(adapter_of("dit_controlnet", "pixart_alpha", "adapter.blocks=all").copies) == 27
+    assert len(adapter_of("dit_controlnet", "sd3_medium", "adapter.blocks=all").copies) == 23
+
+
 def test_proportional_rule_never_asks_the_last_of_23_copies():
     """int(i / (24 / 23)) is at most 21 for the blocks that get a residual, so nothing behind copy 21 learns."""
     adapter = adapter_of("dit_controlnet", "sd3_medium", "adapter.blocks=23")

@@ -1,12 +1,14 @@
 """Equal sizes: params_match finds a depth or width, or says that there is none; recipes and their noise levels."""
 
+import re
+
 import pytest
 import torch
 
 from src import build
 from src.config import ConfigError, load
 from src.construct import construct
-from src.matching import matched
+from src.matching import TOLERANCE, NoMatch, matched
 from src.objectives import EpsilonPrediction, FlowMatching
 from src.types import UserError
 from tests.conftest import CPU, ROOT
@@ -21,6 +23,10 @@ def found(adapter, backbone, target):
     return cfg, sum(p.numel() for p in made.parameters() if p.requires_grad) / 1e6, line
 
 
+def wanted_m(line):
+    return float(re.search(r": ([0-9.]+) M wanted", line)[1])
+
+
 @pytest.mark.parametrize(
     ("adapter", "backbone", "target", "size"),
     [
@@ -30,13 +36,39 @@ def found(adapter, backbone, target):
         ("t2i_adapter", "sd21_tiny", "controlnet", 2.120),
         ("controlnet", "sd21_tiny", "unicon_half", 2.953),
         ("dit_controlnet", "sd3_tiny", "unicon_half", 1.732),  # fits as it is
+        ("unicon", "sd21_tiny", "controlnet", 2.120),  # a part of the decoder
+        pytest.param("unicon_half", "sd21_tiny", "controlnet", 2.120, marks=pytest.mark.slow),
+        pytest.param("controlnet", "sd21_tiny", "unicon", 3.291, marks=pytest.mark.slow),  # wider than its first level allows
+        pytest.param("controlnet", "sd21_tiny", "1", 1.0, marks=pytest.mark.slow),  # a part of the encoder
     ],
 )
 def test_sizes_agree_within_three_percent(adapter, backbone, target, size):
     cfg, millions, line = found(adapter, backbone, target)
-    assert abs(millions / size - 1) <= 0.031
+    assert abs(millions / wanted_m(line) - 1) <= TOLERANCE
+    assert wanted_m(line) == pytest.approx(size, abs=6e-4)
     assert f"{millions:.3f} M with" in line
     assert cfg.adapter.params_match in (target, float(target) if target.isdigit() else target)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("adapter", "target"),
+    [("unicon", "controlnet"), ("unicon_half", "controlnet"), ("controlnet", "unicon_half"), ("controlnet", "unicon")],
+)
+def test_sizes_of_full_stable_diffusion_agree_or_the_refusal_names_the_direction_that_does(adapter, target):
+    """On `meta`. 549 M more are too much for the 13 zero convolutions of ControlNet: UniCon has to come down."""
+    words = [f"adapter={adapter}", "backbone=sd21", "backbone.source=random:sd21", f"adapter.params_match={target}"]
+    cfg = load("train", [*words, "hardware=cpu"])
+    base = construct(cfg.backbone)
+    if (adapter, target) == ("controlnet", "unicon"):
+        with pytest.raises(NoMatch, match=r"the other way round works: adapter=unicon adapter\.params_match=controlnet$"):
+            matched(cfg, base)
+        return
+    cfg, line = matched(cfg, base)
+    assert wanted_m(line) == pytest.approx({"controlnet": 364.228, "unicon_half": 696.900}[target], abs=6e-4)
+    with torch.device("meta"):
+        made = build.new_adapter(cfg, base.hollow(torch.float32), training=False)
+    assert abs(sum(made.trainable_parts_m().values()) / wanted_m(line) - 1) <= TOLERANCE
 
 
 def test_a_method_that_already_fits_keeps_its_published_shape():
@@ -53,7 +85,14 @@ def test_without_it_nothing_is_changed():
 @pytest.mark.parametrize(
     ("adapter", "backbone", "target", "message"),
     [
-        ("template", "sd3_tiny", "unicon", "no depth or width near .* match the other way round"),
+        ("template", "sd3_tiny", "unicon", "no depth or width near 3.6.* nor can unicon be brought to the size of template"),
+        pytest.param(
+            "controlnet",
+            "sd21_tiny",
+            "t2i_adapter",
+            r"other way round works: adapter=t2i_adapter adapter\.params_match=controlnet$",
+            marks=pytest.mark.slow,
+        ),
         ("unicon", "sd3_tiny", "controlnet", "on this backbone: .*dit_controlnet"),
         ("unicon", "sd3_tiny", "unicorn", "neither a number of millions nor an adapter"),
     ],

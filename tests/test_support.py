@@ -3,8 +3,10 @@
 import pytest
 from omegaconf import OmegaConf
 
-from src.config import CONF
-from src.support import matrix, options, reasons, table
+from src.config import CONF, Unsupported, load
+from src.construct import construct
+from src.support import check_cell, matrix, options, reasons, table, tasks_line
+from src.tasks.pose import Pose
 from tests.conftest import QUICK, ROOT, run_entry
 
 NAMED = {"controlnet": {"sd21", "sd21_tiny", "sdxl"}}
@@ -53,8 +55,20 @@ def test_an_empty_cell_is_refused_in_one_line_before_a_weight_is_read():
     assert done.returncode == 2
     assert len(errors) == 1
     assert "adapter=controlnet backbone=sd3_tiny" in errors[0]
-    assert "on this backbone: dit_controlnet" in errors[0]
+    # of the same idea on this backbone; with this adapter another embedded backbone, not a full-size one
+    assert errors[0].endswith("(on this backbone: dit_controlnet; with this adapter: backbone=sd21_tiny)")
     assert "estimated peak" not in done.stdout
+
+
+def test_a_task_that_refuses_a_backbone_stands_in_the_table_and_is_refused(monkeypatch):
+    monkeypatch.setattr(Pose, "refusal", classmethod(lambda cls, facts, **options: "no people" if facts.spatial else None))
+    assert tasks_line().startswith(
+        "Every cell works with every task: canny, deblur, depth, super_resolution. But pose not on sd21"
+    )
+    assert "pose not on sd21_tiny: no people" in reasons()
+    cfg = load("train", ["adapter=unicon", "backbone=sd21_tiny", "task=pose", "hardware=cpu"])
+    with pytest.raises(Unsupported, match=r"task=pose backbone=sd21_tiny: no people \(on this backbone: canny, deblur"):
+        check_cell(cfg, construct(cfg.backbone))
 
 
 @pytest.mark.slow

@@ -59,13 +59,17 @@ class ControlAdapter(pl.LightningModule):
 
     Class attributes declare what the contract tests then hold the method to:
     families: backbone families it knows; grad_through_backbone: whether its backward pass enters the frozen network;
-    identity_at_init: whether the untrained adapter gives exactly the backbone's prediction.
+    identity_at_init: whether the untrained adapter gives exactly the backbone's prediction;
+    steps_to_all: optimizer steps after which every trainable parameter has had a gradient, with the reason where it is more
+    than two; idea: methods of one idea, each for other backbones, share a word: a refusal names the other.
     Where a choice of the configuration decides one of the last two, the instance sets it.
     """
 
     families: ClassVar[tuple[str, ...]]
     grad_through_backbone: ClassVar[bool]
     identity_at_init: ClassVar[bool]
+    steps_to_all: ClassVar[int] = 2
+    idea: ClassVar[str] = ""
 
     def __init__(
         self,
@@ -159,6 +163,10 @@ class ControlAdapter(pl.LightningModule):
     def trainable_parts_m(self) -> dict[str, float]:
         """Millions of trainable parameters per part."""
         return {k: sum(p.numel() for p in m.parameters() if p.requires_grad) / 1e6 for k, m in self.parts().items()}
+
+    def frozen_dead_m(self) -> float:
+        """Millions of parameters that `freeze_unreached` froze."""
+        return sum(self.get_parameter(name).numel() for name in self.unreached) / 1e6
 
     def recompute(self, fn: Callable, *args: Any, frozen: bool = False) -> Any:
         """fn(*args); with checkpointing its activations are not stored but computed again in the backward pass.

@@ -21,13 +21,18 @@ class ControlNet(ControlAdapter):
     """ControlNet.
 
     hint_channels: widths of the hint encoder, which halves the picture between them, down to the latent grid: one more
-    than the halvings; connector_width: hidden width of the zero convolutions (None: none, as published);
-    condition_space: "pixel", as published.
+    than the halvings; encoder_steps: only the first so many steps (layers and downsamplers) of the encoder are copied, and the
+    skips behind them and the middle get nothing (None: all of the encoder and the middle, as published; ours otherwise);
+    connector_width: hidden width of the zero convolutions (None: none, as published); condition_space: "pixel", as published.
     """
 
     families: ClassVar = ("unet",)
     grad_through_backbone: ClassVar = True
     identity_at_init: ClassVar = True
+    steps_to_all: ClassVar = (
+        3  # two zero layers in a row: a connector, then conv_out of the hint, then what lies in front of it
+    )
+    idea: ClassVar = "controlnet"
 
     def __init__(
         self,
@@ -36,24 +41,27 @@ class ControlNet(ControlAdapter):
         optimizer: OptimizerRecipe | None,
         name: str,
         hint_channels: tuple[int, ...] = (16, 32, 96, 256),
+        encoder_steps: int | None = None,
         connector_width: int | None = None,
         condition_space: ConditionSpace = "pixel",
         checkpointing: Checkpointing = "none",
     ):
         from diffusers.models.controlnets.controlnet import ControlNetConditioningEmbedding
 
-        chosen = {"hint_channels": hint_channels}
+        chosen = {"hint_channels": hint_channels, "encoder_steps": encoder_steps}
         super().__init__(backbone, objective, optimizer, name, condition_space, checkpointing, **chosen)
         facts = backbone.facts
         plans = backbone.step_plans()
-        self.encoder = list(range(facts.middle))
+        self.whole = encoder_steps is None
         self.has_middle = plans[facts.middle].kind == "mid"
+        self.before_decoder = facts.middle + self.has_middle
         self.entry = backbone.copy_entry()
-        self.copies = backbone.copy_steps(self.encoder + [facts.middle] * self.has_middle)
+        self.copies = backbone.copy_steps(list(range(self.before_decoder if self.whole else encoder_steps)))
         self.hint = ControlNetConditioningEmbedding(facts.width, 3, tuple(hint_channels))
-        widths = facts.widths[: facts.middle + 1]
+        widths = facts.widths[: (facts.middle if self.whole else encoder_steps) + 1]
         # one per skip and one for the middle, whose width is that of the last skip
-        self.connectors = nn.ModuleList(zero_layer(w, True, connector_width) for w in (*widths, widths[-1]))
+        reached = (*widths, widths[-1]) if self.whole else widths
+        self.connectors = nn.ModuleList(zero_layer(w, True, connector_width) for w in reached)
 
     @classmethod
     def refusal(cls, facts: BackboneFacts, **options: Any) -> str | None:
@@ -64,7 +72,16 @@ class ControlNet(ControlAdapter):
         hint = options.get("hint_channels", (16, 32, 96, 256))
         if 2 ** (len(hint) - 1) != facts.factor:
             return f"adapter.hint_channels={list(hint)} halves {len(hint) - 1} times, latents are {facts.factor} times smaller"
+        steps = options.get("encoder_steps")
+        if steps is not None and not 1 <= steps <= facts.middle:
+            return (
+                f"adapter.encoder_steps={steps}: the encoder of this U-Net has 1 to {facts.middle}; null copies the middle, too"
+            )
         return None
+
+    @classmethod
+    def depths(cls, facts: BackboneFacts, **options: Any) -> list[dict[str, Any]]:
+        return [{"encoder_steps": n} for n in (*range(1, facts.middle + 1), None)]
 
     @classmethod
     def widened(cls, facts: BackboneFacts, width: int, **options: Any) -> dict[str, Any]:
@@ -78,24 +95,27 @@ class ControlNet(ControlAdapter):
         return self.hint(condition)
 
     def residuals(self, backbone: Backbone, x_BCHW: Tensor, t_B: Tensor, text: TextCond, features: Tensor) -> list[Tensor]:
-        """What is added to each skip, the shallowest first, and last to the middle."""
+        """What is added to each skip, the shallowest first, and, where all of the encoder is copied, last to the middle."""
         state = backbone.begin(x_BCHW, t_B, text, self.entry)
         hinted = state.x + features
         state = state.with_(x=hinted, skips=(hinted,))
         for copied in self.copies:
             state = self.recompute(backbone.run, copied, state)
-        return [connect(f) for connect, f in zip(self.connectors, (*state.skips, state.x), strict=True)]
+        found = (*state.skips, state.x) if self.whole else state.skips
+        return [connect(f) for connect, f in zip(self.connectors, found, strict=True)]
 
     def controlled(
         self, backbone: Backbone, x_BCHW: Tensor, t_B: Tensor, text: TextCond, features: Tensor, scale: float
     ) -> Tensor:
         with torch.no_grad():
             state = backbone.begin(x_BCHW, t_B, text)
-            for k in range(len(self.copies)):
+            for k in range(self.before_decoder):
                 state = backbone.run(k, state)
-        *to_skips, to_middle = self.residuals(backbone, x_BCHW, t_B, text, features)
-        skips = tuple(s + scale * r for s, r in zip(state.skips, to_skips, strict=True))
-        state = state.with_(x=state.x + scale * to_middle, skips=skips)
-        for k in range(len(self.copies), backbone.facts.depth):
+        residuals = self.residuals(backbone, x_BCHW, t_B, text, features)
+        if self.whole:
+            state = state.with_(x=state.x + scale * residuals.pop())
+        skips = [s + scale * r for s, r in zip(state.skips, residuals, strict=False)]
+        state = state.with_(skips=(*skips, *state.skips[len(skips) :]))
+        for k in range(self.before_decoder, backbone.facts.depth):
             state = self.recompute(backbone.run, k, state, frozen=True)
         return backbone.end(state)

@@ -34,15 +34,18 @@ RULES: dict[str, Callable[[int, int, int], int]] = {
 class DiTControlNet(ControlAdapter):
     """ControlNet on SD3 and PixArt.
 
-    blocks: number of copied blocks, at most K - 1; null: as published, K / 2 on SD3 and K / 2 - 1 on PixArt; the last
-    block of a transformer gets no residual. index_rule: which copy's residual goes behind which block, a key of `RULES`;
-    null: as published, proportional on SD3 and one_to_one on PixArt. connector_width: hidden width of the zero layers
-    (None: none, as published). Copies that the rule never asks stay frozen and are not counted.
+    blocks: number of copied blocks; null: as published, K / 2 on SD3 and K / 2 - 1 on PixArt; "all": K - 1, the most that was
+    published (27 of 28 in PixArt-delta's ablation), since residuals go between blocks: behind the last one comes the head.
+    diffusers gives SD3's last block none either, and cannot copy it, for it has no text output. index_rule: which copy's
+    residual goes behind which block, a key of `RULES`; null: as published, proportional on SD3 and one_to_one on PixArt.
+    connector_width: hidden width of the zero layers (None: none, as published). Copies that the rule never asks stay frozen
+    and are not counted.
     """
 
     families: ClassVar = ("mmdit", "dit")
     grad_through_backbone: ClassVar = True
     identity_at_init: ClassVar = True
+    idea: ClassVar = "controlnet"
 
     def __init__(
         self,
@@ -50,7 +53,7 @@ class DiTControlNet(ControlAdapter):
         objective: Objective,
         optimizer: OptimizerRecipe | None,
         name: str,
-        blocks: int | None = None,
+        blocks: int | Literal["all"] | None = None,
         index_rule: Rule | None = None,
         connector_width: int | None = None,
         condition_space: ConditionSpace = "latent",
@@ -60,7 +63,7 @@ class DiTControlNet(ControlAdapter):
         super().__init__(backbone, objective, optimizer, name, condition_space, checkpointing, **chosen)
         facts = backbone.facts
         self.sd3 = facts.family == "mmdit"
-        self.count = blocks or facts.depth // 2 - (not self.sd3)
+        self.count = facts.depth - 1 if blocks == "all" else blocks or facts.depth // 2 - (not self.sd3)
         self.rule = RULES[index_rule or ("proportional" if self.sd3 else "one_to_one")]
         self.copies = backbone.copy_steps(list(range(self.count)))
         self.connectors = nn.ModuleList(zero_layer(facts.width, False, connector_width) for _ in range(self.count))
@@ -79,8 +82,9 @@ class DiTControlNet(ControlAdapter):
         if options.get("condition_space", "latent") != "latent":
             return "it reads the condition through the backbone's own patch embedding: adapter.condition_space=latent"
         blocks = options.get("blocks")
-        if blocks is not None and not 1 <= blocks < facts.depth:
-            return f"adapter.blocks={blocks}: 1 to {facts.depth - 1} blocks of this backbone can be copied"
+        if blocks not in (None, "all") and not 1 <= blocks < facts.depth:
+            most = facts.depth - 1
+            return f"adapter.blocks={blocks}: 1 to {most} blocks of this backbone can be copied; all means {most}"
         return None
 
     @classmethod

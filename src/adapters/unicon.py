@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from src.adapters.base import ControlAdapter, OptimizerRecipe
@@ -39,7 +40,8 @@ class UniCon(ControlAdapter):
     """UniCon, UniCon-Half and the ablations around them.
 
     copy: which steps are copied: "full" (UniCon), "decoder" (UniCon-Half: a transformer's second half, a U-Net's middle and
-    up blocks), "encoder", "skip_layer" (every other one); blocks: another number of them (see `copied_steps`);
+    up blocks), "encoder", "skip_layer" (every other one); blocks: another number of them (see `copied_steps`); on a U-Net it
+    counts layers and samplers from the end, and the copy may not begin at an upsampler, where no skip has the stream's size;
     flow: "unidirectional": the copies read the frozen features and their output is the prediction. "bidirectional": the
     copies read once, at their first block, and write into the frozen stream behind each of theirs, as ControlNet does;
     connector: how two features join, a key of `CONNECTORS`; connector_width: hidden width of its layers (None: no hidden
@@ -87,8 +89,8 @@ class UniCon(ControlAdapter):
         # the condition is no stream of blocks with queries and keys: with share_attn it enters by plain addition
         enter = ZeroMLP if self.shares else CONNECTORS[connector]
         reads = [facts.widths[self.indices[0]]]
-        if facts.spatial and self.indices[0]:  # the copied decoder reads the frozen skips
-            reads += facts.widths[: self.indices[0] + 1]
+        if facts.spatial and self.indices[0]:  # the copied decoder reads the frozen skips that still wait there
+            reads += facts.widths[: facts.stacked[self.indices[0]]]
         self.entries = nn.ModuleList(enter(w, facts.spatial, connector_width) for w in reads)
         self.head = backbone.copy_head() if self.one_way else None
 
@@ -103,15 +105,17 @@ class UniCon(ControlAdapter):
         blocks = options.get("blocks")
         if blocks is not None and (copy == "skip_layer" or not 1 <= blocks <= depth):
             return f"adapter.blocks={blocks} wants copy=full, decoder or encoder, and 1 to {depth} blocks of this backbone"
-        if blocks is not None and facts.spatial and blocks not in (depth, depth - facts.middle):
-            return f"adapter.blocks={blocks}: on this U-Net it is {depth} (all) or {depth - facts.middle} (middle and decoder)"
+        if blocks is not None and depth - blocks in facts.samples_up:
+            return (
+                f"adapter.blocks={blocks}: the copy would begin at an upsampler of this U-Net; use {blocks - 1} or {blocks + 1}"
+            )
         return super().refusal(facts)
 
     @classmethod
     def depths(cls, facts: BackboneFacts, **options: Any) -> list[dict[str, Any]]:
-        if facts.spatial or options.get("copy") == "skip_layer":
+        if options.get("copy") == "skip_layer":
             return []
-        return [{"blocks": n} for n in range(1, facts.depth + 1)]
+        return [{"blocks": n} for n in range(1, facts.depth + 1) if facts.depth - n not in facts.samples_up]
 
     @classmethod
     def widened(cls, facts: BackboneFacts, width: int, **options: Any) -> dict[str, Any]:
@@ -127,7 +131,8 @@ class UniCon(ControlAdapter):
         if "pyramid" not in self.stem:
             return c
         maps = self.stem["pyramid"](c)
-        return (maps[-1], *maps)
+        first = self.stem["turn"](F.silu(maps[-1])) if "turn" in self.stem else maps[-1]
+        return (first, *maps)
 
     def reads(self) -> Reads | None:
         if not self.one_way:
@@ -227,6 +232,9 @@ class UniCon(ControlAdapter):
         facts, first = backbone.facts, self.indices[0]
         stem = nn.ModuleDict({"embed": ConditionStem(backbone, space)})
         if facts.spatial and first:
-            plans = backbone.step_plans()[:first]
-            stem["pyramid"] = Pyramid(list(facts.widths[: first + 1]), [p.kind == "downsample" for p in plans])
+            skips = facts.stacked[first]
+            plans = backbone.step_plans()[: skips - 1]
+            stem["pyramid"] = Pyramid(list(facts.widths[:skips]), [p.kind == "downsample" for p in plans])
+            if facts.widths[skips - 1] != facts.widths[first]:  # behind the middle the stream may be wider than the skip
+                stem["turn"] = nn.Conv2d(facts.widths[skips - 1], facts.widths[first], 1)
         return stem

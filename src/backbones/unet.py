@@ -7,6 +7,7 @@ their output on the stack of skips, decoder layers take theirs from it.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -20,6 +21,7 @@ from src.types import BackboneFacts, StreamState, TextCond, UserError
 
 KNOWN_BLOCKS = {"DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"}
 Kind = Literal["down", "downsample", "mid", "up", "upsample"]
+STACK = {"down": 1, "downsample": 1, "up": -1}  # skips that a step adds to those that wait
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ class UNet(Backbone):
             text_width=net["cross_attention_dim"],
             pooled_width=self._pooled_width(net),
             levels=tuple(net["block_out_channels"]),
+            stacked=tuple(accumulate((STACK.get(s.kind, 0) for s in steps), initial=1)),
             attends=tuple("CrossAttn" in kind for kind in net["down_block_types"]),
             licence_url=self.model.licence_url,
         )

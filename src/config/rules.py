@@ -28,6 +28,7 @@ NOT_SCIENCE = ("hardware", "logger", "output_dir", "cache_dir", "out", "workers"
 NOT_SCIENCE += ("data.index_dir", "data.allow_outside", "together", "together_tasks", "feature_cache.budget_gib")
 # Keys that came later, and the value at which nothing changed: a run from before them keeps its identity.
 LATER = {"backbone.quantize": None, "reuse": 1, "feature_cache.draws": None, "feature_cache.dtype": None}
+LATER |= {"adapter.encoder_steps": None}
 NOT_SCIENCE += ("budget.stop_at_images", "callbacks.control.max_failures")
 NOT_SCIENCE += tuple(f"callbacks.{name}" for name in ("stopper", "checkpoints", "meter", "progress", "guard", "vitals"))
 

@@ -46,6 +46,8 @@ def _controlnet(adapter: ControlNet) -> tuple[str, dict[str, Any], dict[str, str
 
     backbone = adapter.backbone
     _refuse_hidden_layers(adapter)
+    if not adapter.whole:
+        raise NotPortable(f"adapter={adapter.name}: diffusers knows adapter.encoder_steps=null (all of them) only; {DROPIN}")
     if not adapter.has_middle:
         raise NotPortable(f"adapter={adapter.name}: diffusers' ControlNetModel wants a U-Net with a middle block; {DROPIN}")
     hint = adapter.hint

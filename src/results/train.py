@@ -16,6 +16,7 @@ class Result:
     backbone: {id, revision, hash}; trainable_parts_m: part of the adapter -> millions; flags: everything that changes
     speed or memory without changing the method (checkpointing, compile, micro_batch, ...), never empty.
     metrics: name -> {value, n, unit, better: "higher" | "lower" | None, ci95: [low, high] | None}.
+    frozen_dead_m: of the adapter, frozen since nothing reads what it computes, in no other count; None in older results.
     task_settings: how the task makes conditions and scores; None in results older than the field.
     step_time_ms, img_per_s, peak_mem_gib: None where not measured. arms: control arm -> metrics of that arm, or None.
     git_sha: "unknown" outside a checkout; git_dirty: None when not known. command: as typed, without absolute paths.
@@ -48,6 +49,7 @@ class Result:
     task_settings: dict[str, Any] | None = None
     arms: dict[str, dict[str, dict[str, Any]]] | None = None
     git_dirty: bool | None = None
+    frozen_dead_m: float | None = None
     kind: str = "train"
     schema_version: int = SCHEMA_VERSION
 
@@ -72,6 +74,8 @@ def check_result(raw: Mapping[str, Any]) -> Result:
     for name in ("trainable_m", "frozen_m", "train_seconds", "step_time_ms", "img_per_s", "peak_mem_gib"):
         if getattr(result, name) is not None or name not in ("step_time_ms", "img_per_s", "peak_mem_gib"):
             number(name, getattr(result, name), 0)
+    if result.frozen_dead_m is not None:
+        number("frozen_dead_m", result.frozen_dead_m, 0)
     for name in ("id", "revision", "hash"):
         text(f"backbone.{name}", mapping("backbone", result.backbone).get(name))
     for name, value in mapping("trainable_parts_m", result.trainable_parts_m).items():

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from src import rng
-from src.types import Sample, UserError
+from src.types import BackboneFacts, Sample, UserError
 
 
 class Task(ABC):
@@ -34,6 +34,14 @@ class Task(ABC):
     signal: ClassVar[str | None] = None
     varies: ClassVar[bool] = False
     notes: tuple[str, ...] = ()
+
+    @classmethod
+    def refusal(cls, facts: BackboneFacts, **options: Any) -> str | None:
+        """Why a backbone cannot learn this task with these options of its yaml; None if it can. Needs no weights.
+
+        Conditions are pictures of the image's size, which every adapter reads: no task here refuses a backbone.
+        """
+        return None
 
     @abstractmethod
     def make_condition(self, sample: Sample, generator: np.random.Generator) -> np.ndarray:

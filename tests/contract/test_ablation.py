@@ -6,15 +6,17 @@ import pytest
 import torch
 
 from src import build
-from src.adapters.unicon import INEFFECTIVE
+from src.adapters.unicon import INEFFECTIVE, UniCon
+from src.backbones.unet import UNet
 from src.config import Unsupported, load
 from src.construct import construct
 from src.profiling.saved import saved_bytes
 from src.support import check_cell
 from src.types import UserError
-from tests.conftest import CPU
+from tests.conftest import CPU, noisy_inputs
 from tests.contract.registry import node
 from tests.contract.test_adapters import alone, controlled, make_batch, shaken
+from tests.unet_shapes import configs_of
 
 COPIES = ("encoder", "decoder", "skip_layer", "full")
 FLOWS = ("unidirectional", "bidirectional")
@@ -71,7 +73,54 @@ def test_the_ineffective_cell_is_refused_with_the_papers_reason(loaded, connecto
 @pytest.mark.parametrize("change", ["adapter.copy=skip_layer", "adapter.flow=bidirectional", "adapter.connector=share_attn"])
 def test_a_u_net_is_refused_what_is_defined_on_transformers(change):
     cfg = load("train", ["adapter=unicon", "backbone=sd21_tiny", "hardware=cpu", change])
-    with pytest.raises(Unsupported, match=r"defined on transformers.*on this backbone: controlnet"):
+    with pytest.raises(
+        Unsupported,
+        match=r"defined on transformers.*on this backbone: adapter=unicon with its yaml's own options; with",
+    ):
+        check_cell(cfg, construct(cfg.backbone))
+
+
+# on the embedded U-Net, of nine steps: where the copy begins, or how much of the encoder is copied
+PARTS = [("unicon", f"blocks={n}") for n in (2, 5, 8)] + [("controlnet", f"encoder_steps={n}") for n in (1, 3)]
+
+
+@pytest.mark.parametrize(("name", "part"), PARTS)
+def test_a_part_of_a_u_net_starts_as_the_backbone_and_trains_all_of_itself(sd21_tiny, name, part):
+    cfg = load("train", [f"adapter={name}", f"adapter.{part}", "backbone=sd21_tiny", "hardware=cpu"])
+    adapter = build.new_adapter(cfg, sd21_tiny, training=False)
+    batch = make_batch(adapter, sd21_tiny, sd21_tiny.encode_text(["a large red ball", "a small blue cube"], CPU))
+    with torch.no_grad():
+        start = (controlled(adapter, sd21_tiny, batch) - alone(adapter, sd21_tiny, batch)).abs().max()
+    assert float(start) <= 1e-5
+    shaken(adapter).losses(batch).mean().backward()
+    bare = [n for n, p in adapter.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.abs().any())]
+    assert bare == []
+    assert len(adapter.copies) == int(part.partition("=")[2])
+
+
+def test_parts_of_a_wider_u_net_fit_each_other(random_backbone):
+    """Two layers a level, and decoder levels whose stream is wider than the skip that joins it."""
+    backbone = random_backbone(UNet, "StableDiffusionPipeline", configs_of("sd21"))
+    places = UniCon.depths(backbone.facts)
+    assert backbone.facts.samples_up == {15, 19, 23}
+    assert [p["blocks"] for p in places] == [n for n in range(1, 28) if n not in (12, 8, 4)]
+    x, t, text = noisy_inputs(backbone)
+    with torch.no_grad():
+        frozen = backbone.predict(x, t, text)
+        for options in ({"blocks": n} for n in (1, 3, 7, 11, 14, 20)):
+            adapter = UniCon(backbone, backbone.objective, None, "unicon", **options)
+            found = adapter.predict(backbone, x, t, text, adapter.encode_condition(x))
+            assert torch.allclose(found, frozen, atol=1e-5), options
+
+
+@pytest.mark.parametrize(("name", "part", "said"), [
+    ("unicon", "blocks=3", "begin at an upsampler of this U-Net; use 2 or 4"),
+    ("unicon", "blocks=10", "1 to 9 blocks"),
+    ("controlnet", "encoder_steps=4", "1 to 3; null copies the middle"),
+])  # fmt: skip
+def test_parts_that_a_u_net_has_not_are_refused(name, part, said):
+    cfg = load("train", [f"adapter={name}", f"adapter.{part}", "backbone=sd21_tiny", "hardware=cpu"])
+    with pytest.raises(Unsupported, match=said):
         check_cell(cfg, construct(cfg.backbone))
 
 

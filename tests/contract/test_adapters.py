@@ -1,10 +1,15 @@
 """What every registered adapter promises on every backbone that it knows."""
 
+import json
+
 import pytest
+import pytorch_lightning as pl
 import torch
 from hydra.utils import instantiate
+from safetensors.torch import load_file
 
 from src import build
+from src.checkpoint import META_KEY, AdapterCheckpointIO
 from src.config import load
 from src.profiling.saved import saved_bytes
 from src.support import matrix, options
@@ -24,15 +29,28 @@ def loaded():
     return made, text
 
 
+@pytest.fixture(scope="module")
+def configs(loaded):
+    """Each network's own configuration before any adapter was made for it."""
+    return {name: described(backbone) for name, backbone in loaded[0].items()}
+
+
+def described(backbone) -> str:
+    """Both ways in which diffusers holds a configuration: some of its classes write into one of them."""
+    config = backbone.net.config
+    return json.dumps([dict(config), {key: getattr(config, key) for key in config}], sort_keys=True, default=str)
+
+
 @pytest.fixture(params=CELLS, ids=lambda c: f"{c[0]}-{c[1]}")
-def cell(request, loaded):
-    """(adapter, backbone, batch) with random parts seeded."""
+def cell(request, loaded, configs):
+    """(adapter, backbone, batch) with random parts seeded. Whatever a test does, the backbone's configuration stays."""
     name, base = request.param
     backbone, text = loaded[0][base], loaded[1][base]
     adapter = build.new_adapter(
         load("train", [f"adapter={name}", f"backbone={base}", "hardware=cpu"]), backbone, training=False
     )
-    return adapter, backbone, make_batch(adapter, backbone, text)
+    yield adapter, backbone, make_batch(adapter, backbone, text)
+    assert described(backbone) == configs[base]
 
 
 def make_batch(adapter, backbone, text) -> Batch:
@@ -103,10 +121,25 @@ def test_samples_of_a_batch_do_not_mix(cell):
     shaken(adapter)
     with torch.no_grad():
         both = controlled(adapter, backbone, batch)
-        half = Batch(
-            [0], ["a"], batch.latents_BCHW[:1], batch.noise_BCHW[:1], batch.uniform_B[:1], batch.text[:1], batch.condition[:1]
-        )
-        assert torch.allclose(controlled(adapter, backbone, half), both[:1], atol=1e-4)
+        assert torch.equal(controlled(adapter, backbone, batch), both)  # nothing is kept from one call to the next
+        for row in (slice(0, 1), slice(1, 2)):
+            tensors = [getattr(batch, k)[row] for k in ("latents_BCHW", "noise_BCHW", "uniform_B")]
+            half = Batch(batch.index[row], batch.ids[row], *tensors, batch.text[row], batch.condition[row])
+            assert torch.allclose(controlled(adapter, backbone, half), both[row], atol=1e-4)
+
+
+def test_every_parameter_has_a_gradient_within_the_declared_steps(cell):
+    """Real steps from the real start, where zero layers hold gradients back."""
+    adapter, _, batch = cell
+    trained = {n: p for n, p in adapter.named_parameters() if p.requires_grad}
+    optimizer, bare = torch.optim.AdamW(trained.values(), 1e-3), set(trained)
+    for step in range(1, adapter.steps_to_all + 1):
+        assert bare or step <= 2, f"all had a gradient after {step - 1} steps, and {adapter.steps_to_all} are declared"
+        optimizer.zero_grad()
+        adapter.losses(batch).mean().backward()
+        bare -= {n for n in bare if trained[n].grad is not None and trained[n].grad.abs().any()}
+        optimizer.step()
+    assert bare == set()
 
 
 def test_gradients_reach_all_of_the_adapter_and_nothing_else(cell):
@@ -137,6 +170,21 @@ def test_state_holds_no_backbone_tensor(cell):
     frozen = {t.data_ptr() for t in backbone.net.state_dict().values()}
     assert not frozen & {t.data_ptr() for t in adapter.state_dict().values()}
     assert not any(name.startswith(("_frozen", "backbone", "net")) for name in adapter.state_dict())
+
+
+def test_the_file_of_a_checkpoint_holds_the_adapter_and_no_more(cell, tmp_path):
+    """Through Lightning's own saving, as in a run."""
+    adapter, _, _ = cell
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = pl.Trainer(accelerator="cpu", plugins=[AdapterCheckpointIO()], **quiet)
+    adapter.on_save_checkpoint = lambda checkpoint: checkpoint.update({META_KEY: {"adapter": adapter.name}})
+    trainer.strategy.connect(adapter)
+    trainer.save_checkpoint(tmp_path / "one", weights_only=True)
+    kept, own = load_file(tmp_path / "one" / "adapter.safetensors"), adapter.state_dict()
+    assert kept.keys() == own.keys()
+    assert all(torch.equal(kept[name], own[name]) for name in own)
+    assert {f.name for f in (tmp_path / "one").iterdir()} == {"adapter.safetensors", "meta.json", "state.pt"}
+    assert (tmp_path / "one" / "state.pt").stat().st_size < 20_000  # no tensor hides there
 
 
 def test_a_few_steps_lower_the_loss(cell):
