@@ -4,9 +4,11 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
 
 from src.report.groups import Group, short
+from src.report.names import differing
+from src.report.pairs import difference
 from src.report.rows import Found, Row
 from src.report.seeds import by_method, over_seeds
-from src.report.tables import difference, number, signed
+from src.report.tables import TRAINED, number, signed
 
 FEW_IMAGES = 100  # a mean over fewer has an interval that hides most differences between methods
 FID_NEEDS = 2048  # images; the covariance of Inception's features has no full rank below
@@ -81,7 +83,7 @@ def _leader_over_seeds(title: str, rows: Sequence[Row]) -> str:
 def limits(found: Found, trained: Sequence[Group[Row]], evaluated: Sequence[Group[Row]]) -> list[str]:
     """What cannot be concluded, each with the rows that make it so."""
     rows, groups = [*found.trained, *found.evaluated], [*trained, *evaluated]
-    says = [*_seeds(groups), *_few(rows), *_many(groups), *_sizes(groups), *_fid(rows)]
+    says = [*_seeds(groups), *_few(rows), *_many(groups), *_sizes(groups), *_recipes(groups), *_fid(rows)]
     if any(row.result.backbone["id"].startswith(EMBEDDED) for row in rows):
         names = _joined(sorted({short(r.result.backbone["id"]) for r in rows if r.result.backbone["id"].startswith(EMBEDDED)}))
         says.append(
@@ -138,6 +140,15 @@ def _sizes(groups: Iterable[Group[Row]]) -> list[str]:
         if unlike
         else []
     )
+
+
+def _recipes(groups: Iterable[Group[Row]]) -> list[str]:
+    says = []
+    for group in groups:
+        apart = differing([row.result.design or {} for row in group.rows])
+        if found := [title for name, title in TRAINED.items() if name in apart]:
+            says.append(f"{group.title}: {_joined(found)} differ between rows, so they are part of what its numbers compare.")
+    return says
 
 
 def _fid(rows: Sequence[Row]) -> list[str]:

@@ -46,6 +46,7 @@ def conditions_of(result: Result | EvaluationResult) -> dict[str, Any]:
         return same | {"evaluation_set": result.evaluation_set, "manifest": result.manifest}
     return same | {
         "task_settings": getattr(result, "task_settings", None),
+        "data": getattr(result, "data", None),
         "images_seen": result.images_seen,
         "effective_batch": result.effective_batch,
         "device": result.device,
