@@ -84,8 +84,8 @@ def write_numbers(
     model: "Sampler",
     held: HeldOut,
     progress: Progress,
-) -> None:
-    """outcome.json, the score of every image, then results.json."""
+) -> EvaluationResult:
+    """outcome.json, the score of every image, then results.json. -> what is in the latter."""
     conditions, subject, drawing = (manifest[key] for key in ("conditions", "subject", "drawing"))
     relative = {s: {k: str(Path(f).relative_to(folder.parent)) for k, f in fs.items()} for s, fs in found.features.items()}
     kept = {
@@ -133,3 +133,4 @@ def write_numbers(
         command=command_line(),
     )
     write_evaluation(folder / "results.json", result)
+    return result

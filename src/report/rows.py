@@ -38,9 +38,9 @@ class Row:
     def noise_seed(self) -> int | None:
         """The seed of the noise that it was scored with: of a training that does not say, its own."""
         r = self.result
-        return (
-            r.flags.get("noise_seed") if isinstance(r, EvaluationResult) else r.seed if r.noise_seed is None else r.noise_seed
-        )
+        if isinstance(r, EvaluationResult):
+            return r.flags.get("noise_seed")
+        return r.seed if r.noise_seed is None else r.noise_seed
 
     @property
     def label(self) -> str:
