@@ -22,6 +22,7 @@ from src.report.figures import draw_charts, draw_stacks
 from src.report.grids import sheets
 from src.report.groups import cost_groups, groups, refuse_unlike
 from src.report.names import named
+from src.report.page import _chart
 from src.report.pairs import paired_tables
 from src.report.rows import Found, read_all, read_rows
 from src.report.seeds import by_method, over_seeds, seed_table
@@ -100,7 +101,7 @@ def test_runs_under_unlike_conditions_never_share_a_table(run, tmp_path):
     run("eeeee", precision="bf16-mixed", device="NVIDIA H200")
     grouped = groups(read_rows([tmp_path / "runs"]))
     assert [sorted(r.folder.name for r in g.rows) for g in grouped] == [["a", "bb"], ["ccc"], ["dddd"], ["eeeee"]]
-    assert len({g.slug for g in grouped}) == 4
+    assert len({g.slug for g in grouped}) == len({g.title for g in grouped}) == 4
     text = "\n".join(part for g in grouped for part in score_section(g))
     assert text.count("## embedded:sd3_tiny, canny") == 4
     assert "64 images in batches of 32" in text
@@ -366,6 +367,7 @@ def test_curves_and_evaluations_stand_against_operations_and_seconds_of_training
     (trained,), (evaluated,) = groups(found.trained), groups(found.evaluated)
     per_image = (6e9 / 4 + 4e9 / 32) / 1e12  # of the made-up cell: 1 + 2 + 3 in batches of 4, and 4 for each step of 32
     curves = {chart.x: chart for chart in curve_charts(trained, found.costs)}
+    assert [s.name for s in curves["images seen"].series] == ["unicon, seed 0", "unicon_half, seed 0"]
     assert [p.x for p in curves["operations of training, TFLOP"].series[0].points] == pytest.approx(
         [3200 * per_image, 6400 * per_image]
     )
@@ -418,7 +420,9 @@ def test_learning_rates_that_differ_are_a_column(run, tmp_path):
     table = score_table(group)
     assert [row[table.columns.index("learning rate")].text for row in table.rows] == ["0.002", "0.0005"]
     assert "recipe" not in table.columns
-    assert any("learning rate differ" in line for line in abstract.limits(Found(group.rows, [], []), [group], []))
+    assert any(
+        "differ in learning rate, which is part" in line for line in abstract.limits(Found(group.rows, [], []), [group], [])
+    )
     (alone,) = groups(read_rows([tmp_path / "runs" / "a"]))
     assert "learning rate" not in score_table(alone).columns
 
@@ -507,6 +511,19 @@ def test_latency_has_a_column_and_a_line(cell, tmp_path):
     cell("b")
     (other,) = cost_groups(read_all([tmp_path / "runs" / "b"]).costs)
     assert not [title for title in time_table(other).columns if "latency" in title]
+
+
+def test_seeds_of_a_method_have_one_line_in_a_legend(run, tmp_path):
+    for seed in range(2):
+        folder = run(f"a{seed}", seed=seed)
+        rows = [{"images_seen": n, "val/canny_f1": 0.5} for n in (3200, 6400)]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (group,) = groups(read_rows([tmp_path / "runs"]))
+    (chart,) = curve_charts(group)
+    assert [s.name for s in chart.series] == ["unicon", "unicon"]
+    assert [s.points[0].tip[:14] for s in chart.series] == ["unicon, seed 0", "unicon, seed 1"]
+    assert len(_chart(chart)["legend"]) == 1
+    assert "trained parameters, millions" not in {c.x for c in score_charts(group)}  # one method, at one cost
 
 
 def test_stacks_add_up(cell, tmp_path):
@@ -628,7 +645,21 @@ def test_the_dashboard_is_plain_data_over_keys_that_runs_log(tmp_path, capsys):
     logged = (ROOT / "src" / "callbacks" / "meter.py").read_text() + (ROOT / "src" / "callbacks" / "control.py").read_text()
     keys = {key for panel in panels for key in panel["y"] if isinstance(panel["y"], list)}
     assert {key for key in keys if key.startswith("val/canny_f1")} >= {"val/canny_f1", "val/canny_f1/wrong_condition"}
-    assert all(f'"{key}"' in logged for key in keys if not key.startswith("val/canny_f1"))
+    assert all(f'"{key}"' in logged for key in keys if not key.startswith(("val/canny_f1", "eval/", "cost/")))
+
+
+def test_the_dashboard_shows_what_evaluations_and_benchmarks_log(run, cell, tmp_path):
+    from src.loggers.results import scalars
+
+    looks = {"fid_scenes": {"value": 40.0, "n": 8, "unit": "d", "better": "lower", "ci95": None, "small_n": True}}
+    evaluation(run("a"), metrics=json.loads(COMMITTED.read_text())["metrics"] | looks)
+    cell("b")
+    found = read_all([tmp_path / "runs"])
+    sent = {key for row in (*found.evaluated, *found.costs) for key, _ in scalars(row.result)}
+    made = definition("ControlBench", "controlbench", None, {"canny": "canny_f1"})
+    panels = {section["name"]: [p["y"][0] for p in section["panels"]] for section in made["sections"]}
+    assert panels["evaluations"] == ["eval/canny_f1", "eval/fid", "eval/fid_scenes"]
+    assert {*panels["evaluations"], *panels["benchmarks"]} - sent == {"eval/fid"}  # which wants Inception
 
 
 def test_the_dashboard_knows_every_task():

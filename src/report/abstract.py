@@ -25,7 +25,8 @@ def compared(found: Found, trained: Sequence[Group[Row]], evaluated: Sequence[Gr
     if found.evaluated:
         apart = _apart(len(found.evaluated), "evaluation", len(evaluated))
         says.append(f"Evaluations: {_some(found.evaluated)}. {apart}".strip())
-    says += [lead for group in (*trained, *evaluated) if (lead := leader(group))]
+    says += [lead for group in trained if (lead := leader(group))]
+    says += [f"Evaluated: {lead}" for group in evaluated if (lead := leader(group))]
     if found.costs:
         modes = {mode: sum(row.result.mode == mode for row in found.costs) for mode in ("measure", "estimate")}
         counts = [f"{n} {word}" for (mode, word) in (("measure", "measured"), ("estimate", "estimated")) if (n := modes[mode])]
@@ -143,12 +144,15 @@ def _sizes(groups: Iterable[Group[Row]]) -> list[str]:
 
 
 def _recipes(groups: Iterable[Group[Row]]) -> list[str]:
-    says = []
+    found = {}  # what differs -> titles
     for group in groups:
         apart = differing([row.result.design or {} for row in group.rows])
-        if found := [title for name, title in TRAINED.items() if name in apart]:
-            says.append(f"{group.title}: {_joined(found)} differ between rows, so they are part of what its numbers compare.")
-    return says
+        if keys := tuple(title for name, title in TRAINED.items() if name in apart):
+            found.setdefault(keys, {})[group.title] = None
+    return [
+        f"Rows of {_joined(titles)} differ in {_joined(keys)}, which is part of what their numbers compare."
+        for keys, titles in found.items()
+    ]
 
 
 def _fid(rows: Sequence[Row]) -> list[str]:

@@ -104,7 +104,9 @@ def score_charts(group: Group[Row], costs: Sequence[CostRow] = (), trained: Sequ
     charts = []
     for metric, name in wanted:
         series = tuple(_scored(group.rows, metric, axes[name], name))
-        if sum(len(s.points) for s in series) > 1:
+        points = [p for s in series for p in s.points]
+        # seeds of a single method, all at one cost, compare nothing
+        if len(points) > 1 and (len({p.x for p in points}) > 1 or sum(bool(s.points) for s in series) > 1):
             title = f"{metric} against {name.split(',')[0]}"
             charts.append(Chart(title, name, _axis(group.rows, metric), series, notes.get(name, "")))
     return charts
@@ -139,7 +141,10 @@ def curve_charts(group: Group[Row], costs: Sequence[CostRow] = ()) -> list[Chart
     first, bench = group.rows[0], joined(group.rows, costs)
     metric = f"{VALIDATED}{first.main_metric}"
     curves: dict[str, list[Series]] = {"images seen": [], SECONDS: [], TRAINING: []}
-    colours = {name: i for i, name in enumerate(dict.fromkeys(row.name or row.result.adapter for row in group.rows))}
+    methods = [row.name or row.result.adapter for row in group.rows]
+    colours = {name: i for i, name in enumerate(dict.fromkeys(methods))}
+    # seeds of a method share their colour, and their line in the legend
+    named = {r.place: r.label if methods.count(name) == 1 else name for r, name in zip(group.rows, methods, strict=True)}
     for row in group.rows:
         file = row.folder / "metrics.jsonl"
         rows = read_lines(file) if file.is_file() else []
@@ -157,7 +162,7 @@ def curve_charts(group: Group[Row], costs: Sequence[CostRow] = ()) -> list[Chart
                 when = "" if name == "images seen" else f"; {name}: {number(x)}"
                 points.append(Point(x, y, tip=f"{row.label}: {number(y)} at {images:,} images{when}"))
             if points:
-                curves[name].append(Series(row.label, tuple(points), colour, line=True))
+                curves[name].append(Series(named[row.place], tuple(points), colour, line=True))
     note = f"Scored while training on {_watched(group.rows)} held-out images, the last point on n = {group.conditions['n']}."
     notes = {TRAINING: f"{note} {bench.note}"} if bench else {}
     title, y = f"{first.main_metric} while training, against", _axis(group.rows, first.main_metric)

@@ -144,12 +144,13 @@ def _grouped(rows: Iterable[AnyRow], conditions: Callable[[AnyRow], dict[str, An
 
 
 def _described(found: list[Group], slug: Callable[[dict[str, Any]], str]) -> list[Group]:
-    """Each with a file name of its own, and with what keeps it from the nearest before it."""
+    """Each with a file name and a title of its own, and with what keeps it from the nearest before it."""
     taken: dict[str, int] = {}
     for number, group in enumerate(found):
         name = slug(group.conditions)
         taken[name] = taken.get(name, 0) + 1
         group.slug = name if taken[name] == 1 else f"{name}-{taken[name]}"
+        group.title += "" if taken[name] == 1 else f" ({taken[name]})"
         if earlier := [(differences(group.conditions, other.conditions), other) for other in found[:number]]:
             unlike, nearest = min(earlier, key=lambda pair: len(pair[0]))
             group.apart = f"Not in the table of {nearest.title}: {'; '.join(unlike)}."

@@ -89,7 +89,7 @@ def _chart(chart: Chart) -> dict[str, Any]:
 
 
 def _once(chart: Chart) -> list[tuple[str, int]]:
-    return [(s.name, s.colour) for s in chart.series if s.points]
+    return list(dict.fromkeys((s.name, s.colour) for s in chart.series if s.points))
 
 
 def _stack(stack: Stack) -> dict[str, Any]:

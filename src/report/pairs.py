@@ -8,6 +8,7 @@ from src.report.rows import Row
 from src.report.tables import Cell, Table, bare, signed
 from src.results.evaluation import EvaluationResult
 
+MOST_OPEN = 8  # runs whose differences are shown without being asked for
 SETS = ("fid", "kid")  # distances of whole sets, which no mean over images gives
 
 
@@ -15,7 +16,7 @@ def paired_tables(rows: Sequence[Row], compared: Iterable[Mapping[str, Any]] = (
     """Differences between every two runs, the control score first, then every other score that was kept per image, then those
     distances of sets that `src.evaluate` compared. [] where the runs kept no scores per image, or not of the same images.
 
-    compared: contents of comparison.json. All tables but the first are folded away on the page.
+    compared: contents of comparison.json. On the page all tables but the first are folded away, and that, too, if it is large.
     """
     kept = [row for row in rows if row.scores is not None and row.main_metric in row.scores]
     if len(kept) < 2 or any(row.ids != kept[0].ids for row in kept):
@@ -33,7 +34,7 @@ def paired_tables(rows: Sequence[Row], compared: Iterable[Mapping[str, Any]] = (
     if missing:
         about += f" Of {', '.join(missing)}: python -m src.evaluate compare=[<the folders>] finds what is missing here."
     first = next(table for name, table in zip(names, tables, strict=False) if name == main)
-    first.about, first.fold = about, ""
+    first.about, first.fold = about, first.fold if len(kept) > MOST_OPEN else ""
     return [first, *(table for table in tables if table is not first)]
 
 
