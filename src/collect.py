@@ -17,6 +17,7 @@ from src.config import config_sha
 from src.control_score import ARMS, RIGHT, ZERO, ceiling, control_entries, named
 from src.metrics.intervals import metric
 from src.results import Result, command_line, environment, git_state
+from src.results.design import data_of, design_of, noise_seed_of
 from src.world import World
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -94,6 +95,9 @@ def collect(
         flags=flags_of(cfg, world, outcome, together),
         metrics=metrics,
         task_settings=world.task.settings(),
+        design=design_of(cfg),
+        data=data_of(cfg),
+        noise_seed=noise_seed_of(cfg),
         config_sha=config_sha(cfg),
         git_sha=sha,
         git_dirty=dirty,

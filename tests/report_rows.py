@@ -3,13 +3,28 @@
 import json
 
 import numpy as np
+from omegaconf import OmegaConf
 from PIL import Image
 
 from src.plots import GRID_COLUMNS
 from src.results.cost import FLAGS, FLOPS, MEMORY, PHASES
+from src.results.design import NO_OPTIONS
 from tests.conftest import ROOT
 
 COMMITTED = ROOT / "experiments" / "unicon_sd3_canny" / "results.json"
+
+
+def options(adapter, **changes):
+    """An adapter's own keys as its yaml file has them, which is what a benchmark writes and a training's design holds."""
+    file = ROOT / "conf" / "adapter" / f"{adapter}.yaml"
+    node = OmegaConf.to_container(OmegaConf.load(file)) if file.is_file() else {}
+    return {key: value for key, value in node.items() if key not in NO_OPTIONS} | changes
+
+
+def design(adapter, **changes):
+    """The design of a training as results hold it."""
+    rest = {"learning_rate": 2e-3, "recipe": "fair", "caption_dropout": 0.1, "optimizer.warmup_images": 1600, "reuse": 1}
+    return options(adapter) | rest | changes
 
 
 def make_run(root, name, scores=None, ids=None, config=None, **changes):
@@ -36,7 +51,8 @@ def make_cell(root, name, flags=None, **changes):
     times = {phase: {"median": m, "quartiles": [0.9 * m, 1.1 * m], "n": 20} for phase, m in middle.items()}
     raw = {
         "kind": "cost", "mode": "measure", "what": "training", "status": "done", "adapter": "unicon",
-        "backbone": {"name": "sd3_tiny", "id": "embedded:sd3_tiny", "revision": "local"}, "adapter_options": {},
+        "backbone": {"name": "sd3_tiny", "id": "embedded:sd3_tiny", "revision": "local"},
+        "adapter_options": options(changes.get("adapter", "unicon")),
         "hardware": "cpu", "device": "cpu",
         "resolution": 64, "batch": 4, "precision": "32-true", "trainable_m": 3.6, "frozen_m": 3.5,
         "trainable_parts_m": {"copies": 3.6},

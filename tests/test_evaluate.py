@@ -20,12 +20,14 @@ from src.checkpoint import META_KEY, AdapterCheckpointIO
 from src.config import load, resolve_hardware
 from src.control_score import NONE, RIGHT, WRONG, sample_arm
 from src.evaluate.compare import compare_folders, differences
+from src.evaluate.early import absent
 from src.evaluate.flow import evaluate
-from src.evaluate.manifest import read_manifest
+from src.evaluate.manifest import check_like, read_manifest, write_manifest
 from src.evaluate.pictures import PictureFolder
 from src.evaluate.subjects import find_subjects, trained_below
 from src.interop.export import export_adapter
 from src.metrics.intervals import metric
+from src.results.design import design_of
 from src.results.evaluation import read_evaluation
 from src.sampling import Batches
 from src.types import UserError
@@ -121,8 +123,24 @@ def test_two_evaluations_give_equal_pictures_manifests_and_numbers(first, runs, 
     assert results[0].metrics == results[1].metrics
     assert (one / "outcome.json").read_text() == (two / "outcome.json").read_text()
     assert all(m["n"] == N for m in results[0].metrics.values())
+    assert results[0].design == design_of(OmegaConf.load(runs[0] / "config.yaml"))
+    assert results[0].crosscheck is None  # no Inception here
     assert results[0].metrics["fid_scenes"]["small_n"] is True
     assert results[0].manifest == read_manifest(one)["conditions_hash"]
+
+
+def test_a_manifest_from_another_shell_differs_in_its_command_alone(first, tmp_path, monkeypatch):
+    """Another output_dir is another command; what two evaluations must share, and the hash of it, know nothing of that."""
+    written = read_manifest(first[0])
+    parts = {key: written[key] for key in ("conditions", "subject", "drawing", "files")}
+    monkeypatch.setattr(sys, "argv", ["evaluate", "output_dir=elsewhere"])
+    other = write_manifest(tmp_path, **parts)
+    assert "output_dir=elsewhere" in other["command"] != written["command"]
+    assert {k: v for k, v in other.items() if k != "command"} == {k: v for k, v in written.items() if k != "command"}
+    assert other["content_hash"] == written["content_hash"]
+    check_like(written, read_manifest(tmp_path))
+    changed = parts | {"files": [{**parts["files"][0], "sha256": "0" * 64}, *parts["files"][1:]]}
+    assert write_manifest(tmp_path, **changed)["content_hash"] != written["content_hash"]
 
 
 def test_the_manifest_names_what_decides_a_number(first):
@@ -188,6 +206,27 @@ def test_a_batch_changes_its_pictures_by_rounding_alone(at_once, first, validate
     for size in (1, 2):
         assert float((drawn(NONE, size) - drawn(NONE, N)).abs().max()) < 1e-5
         assert float((drawn(RIGHT, size) - drawn(RIGHT, N)).abs().mean()) < 1e-5
+
+
+def test_a_fid_is_checked_against_other_packages_where_it_is_taken(runs, places, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("cleanfid", reason="clean-fid is not installed: pip install 'controlbench[fid]'")
+    from src.metrics import extractors
+    from tests.test_fid import SmallInception, script
+
+    file = script(SmallInception(torch.nn.Conv2d(3, 4, 200, 200)), tmp_path / "inception-2015-12-05.pt")
+    monkeypatch.setattr(extractors, "INCEPTION_SHA256", extractors.sha256(Path(file)))
+    words, sent = ["n=4", "arms=[]", "metrics.names=[fid]", f"metrics.inception_weights={file}", "logger=wandb"], []
+    monkeypatch.setattr("src.loggers.results.log_result", lambda *row: sent.append(row))
+    found = read_evaluation(evaluation(f"run={runs[0]}", *words, *places()) / "results.json")
+    assert found.crosscheck.keys() == {"ours", "clean-fid", "torchmetrics", "agree"}
+    assert found.crosscheck["ours"] == found.metrics["fid"]["value"]
+    assert found.crosscheck["torchmetrics"] == pytest.approx(found.crosscheck["ours"], rel=1e-4)
+    assert found.crosscheck["agree"] is True
+    assert "fid agrees: ours" in capsys.readouterr().out
+    ((logger, folder, _, config, result),) = sent
+    assert (logger.project, result, config["adapter"]["name"]) == ("controlbench", found, "t2i_adapter")
+    assert config["evaluation"]["evaluation_set"]["n"] == 4
+    assert (folder / "results.json").is_file()
 
 
 # ---- killed, damaged, too large ---------------------------------------------------------------------------------------
@@ -395,6 +434,41 @@ def test_own_pictures_and_a_task_that_compares_with_the_original(tmp_path, place
 def test_what_cannot_be_is_refused_before_anything_is_drawn(words, said, runs, places):
     with pytest.raises(UserError, match=said):
         evaluation(f"run={runs[0]}", *places(), *words)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["checkpoint=nowhere"], "checkpoint=nowhere is neither a folder nor a hub id"),
+        (
+            ["checkpoint=owner/name", "metrics.inception_weights=nowhere.pt"],
+            "metrics.inception_weights='nowhere.pt' is not a file",
+        ),
+        (["run=[src,nowhere/at/all]"], "run=nowhere/at/all: there is no such folder"),
+        (["checkpoint=owner/name", "metrics.inception_weights=null", "n=8"], None),
+        (["run=${oc.env:HOME}/runs"], None),
+        (["-m", "run=one,two"], None),
+    ],
+)
+def test_what_is_not_there_is_told_from_the_words_alone(words, said):
+    found = next(absent(words), None)
+    assert found is None if said is None else found.startswith(said)
+
+
+def test_a_word_that_names_nothing_is_refused_before_anything_heavy_is_imported(tmp_path):
+    """By a process in which importing torch or hydra is an error."""
+    for name in ("torch", "hydra", "numpy"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('heavy')")
+    words = [
+        "checkpoint=nowhere",
+        "backbone=sd21_tiny",
+        "task=canny",
+        "metrics.names=[fid]",
+        "metrics.inception_weights=nowhere.pt",
+    ]
+    done = run_entry("evaluate", *words, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: checkpoint=nowhere is neither a folder")
 
 
 def test_runs_that_cannot_share_a_set_are_refused_by_what_differs(runs, tmp_path, places):

@@ -319,3 +319,76 @@ def test_lightning_takes_both(tmp_path):
         logger.log_metrics({"val/canny_f1": 0.75}, step=64)
         logger.close()
     assert finished_run(only_log(tmp_path)).summary["val/canny_f1"] == 0.75
+
+
+def test_a_result_is_one_row_in_the_project_of_the_trainings(tmp_path):
+    from src.loggers.results import log_result
+    from src.results import read_cost
+    from src.results.evaluation import read_evaluation
+    from tests.report_rows import evaluation, make_cell
+
+    evaluated, cost = tmp_path / "evaluated", make_cell(tmp_path, "cost")
+    evaluated.mkdir()
+    evaluation(evaluated, images_seen=640)
+    config = {"adapter": {"name": "unicon"}, "hub_token": "hf_notforanyone"}
+    for folder, read in ((evaluated, read_evaluation), (cost, read_cost)):
+        result = read(folder / "results.json")
+        log_result(wanted(), folder, folder.name, config, result)
+        assert not (folder / "metrics.jsonl").exists(), "results.json is the local record"
+    one, two = (finished_run(only_log(folder)) for folder in (evaluated, cost))
+    for run, kind in ((one, "evaluation"), (two, "cost")):
+        assert (run.project, run.group, run.tags, run.exit_code) == ("controlbench-test", "tiny", [kind], 0)
+        assert run.config["adapter"] == {"name": "unicon"}
+        assert run.config["facts"]["kind"] == kind
+        assert len(run.history) == 1
+    m = read_evaluation(evaluated / "results.json").metrics["canny_f1"]
+    assert [one.summary[f"eval/canny_f1{end}"] for end in ("", "/n", "/low", "/high")] == [m["value"], m["n"], *m["ci95"]]
+    assert one.history[0]["images_seen"] == 640
+    assert (two.summary["cost/peak_mem_gib"], two.summary["cost/step_time_ms/total"]) == (8.75, 40)
+    assert not files_with(tmp_path, "hf_notforanyone")
+
+
+@pytest.mark.parametrize("verb", ["bench", "evaluate"])
+def test_a_benchmark_and_an_evaluation_log_nowhere_unless_asked(verb):
+    from src.config import load
+
+    given = [] if verb == "bench" else ["run=somewhere"]
+    assert load(verb, given).logger.name == "local"
+    asked = load(verb, [*given, "logger=wandb"]).logger
+    assert (asked.project, asked.group) == (load("train").logger.project, None)
+
+
+def test_a_benchmark_sends_its_row(tmp_path, monkeypatch):
+    from types import SimpleNamespace
+
+    from src.bench import cell
+    from src.config import load
+    from src.results import read_cost
+    from tests.report_rows import make_cell
+
+    result = read_cost(make_cell(tmp_path, "cost") / "results.json")
+    monkeypatch.setattr(cell, "lines", lambda result: [])
+    for name, sent in (("local", 0), ("wandb", 1)):
+        cfg = load("bench", [f"logger={name}", f"output_dir={tmp_path / name}"])
+        folder = cell._write(SimpleNamespace(cfg=cfg), result)
+        assert len(list(folder.glob("wandb/offline-run-*/*.wandb"))) == sent
+    assert finished_run(only_log(folder)).summary["cost/img_per_s"] == 100
+
+
+def test_the_cells_of_a_sweep_are_one_group(tmp_path, monkeypatch):
+    from src.sweep import cells
+    from src.sweep.folder import SweepFolder
+
+    seen = []
+    monkeypatch.setattr(cells, "CellProcess", lambda words, log, env, *rest: seen.append(env))
+    folder = tmp_path / "multirun" / "20260101-120000"
+    (folder / "logs").mkdir(parents=True)
+    sweep = cells.Sweep(None, ["python"], [], [], SweepFolder(folder, resumed=True), "", 1, None, 60)
+    sweep.start(cells.Cell(0, ("seed=1",)))
+    monkeypatch.setenv("WANDB_RUN_GROUP", "mine")
+    sweep.start(cells.Cell(1, ("seed=2",)))
+    assert [env["WANDB_RUN_GROUP"] for env in seen] == ["20260101-120000", "mine"]
+    monkeypatch.setenv("WANDB_RUN_GROUP", "20260101-120000")
+    ungrouped = SimpleNamespace(**{**vars(wanted()), "group": None})
+    WandbRun(ungrouped, tmp_path / "run", "name", {}, []).close()
+    assert finished_run(only_log(tmp_path / "run")).group == "20260101-120000"

@@ -1,5 +1,6 @@
 """The report: what is read, what may share a table, what a difference is, and what is refused."""
 
+import csv
 import functools
 import json
 import subprocess
@@ -21,15 +22,18 @@ from src.report.figures import draw_charts, draw_stacks
 from src.report.grids import sheets
 from src.report.groups import cost_groups, groups, refuse_unlike
 from src.report.names import named
+from src.report.page import _chart
+from src.report.pairs import paired_tables
 from src.report.rows import Found, read_all, read_rows
-from src.report.seeds import over_seeds, seed_table
+from src.report.seeds import by_method, over_seeds, seed_table
 from src.report.svg import ticks
-from src.report.tables import csv_text, markdown_table, paired_table, score_table
+from src.report.tables import csv_text, markdown_table, score_table
 from src.report.write import score_section, write_report
 from src.results import ResultError
+from src.results.design import design_of
 from src.types import UserError
 from tests.conftest import ROOT, run_entry
-from tests.report_rows import COMMITTED, cells, estimate, evaluation, make_cell, make_run
+from tests.report_rows import COMMITTED, cells, design, estimate, evaluation, make_cell, make_run, options
 
 
 @pytest.fixture
@@ -97,7 +101,7 @@ def test_runs_under_unlike_conditions_never_share_a_table(run, tmp_path):
     run("eeeee", precision="bf16-mixed", device="NVIDIA H200")
     grouped = groups(read_rows([tmp_path / "runs"]))
     assert [sorted(r.folder.name for r in g.rows) for g in grouped] == [["a", "bb"], ["ccc"], ["dddd"], ["eeeee"]]
-    assert len({g.slug for g in grouped}) == 4
+    assert len({g.slug for g in grouped}) == len({g.title for g in grouped}) == 4
     text = "\n".join(part for g in grouped for part in score_section(g))
     assert text.count("## embedded:sd3_tiny, canny") == 4
     assert "64 images in batches of 32" in text
@@ -133,7 +137,7 @@ def test_differences_are_paired_over_images(run, tmp_path):
     rows = read_rows([tmp_path / "runs"])
     gap = rows[1].scores["canny_f1"] - rows[0].scores["canny_f1"]
     low, high = bootstrap_ci(gap)
-    table = paired_table(rows)
+    (table,) = paired_tables(rows)
     assert f"| unicon_half, seed 0 | {gap.mean():+.3f} [{low:+.3f}, {high:+.3f}] |" in markdown_table(table)
     assert low > 0.005
     proof = table.rows[0][1]
@@ -143,7 +147,7 @@ def test_differences_are_paired_over_images(run, tmp_path):
 def test_scores_of_other_images_are_not_paired(run, tmp_path):
     run("a", [0.1, 0.2])
     run("bb", [0.1, 0.2], ids=["x", "y"], adapter="unicon_half")
-    assert paired_table(read_rows([tmp_path / "runs"])) is None
+    assert paired_tables(read_rows([tmp_path / "runs"])) == []
 
 
 def test_every_number_knows_its_run_n_and_interval(run, tmp_path):
@@ -309,8 +313,8 @@ def test_curves_count_seconds_of_training_alone(run, tmp_path):
 
 
 def test_a_benchmark_is_joined_to_runs_of_the_same_adapter_alone(run, cell, tmp_path):
-    run("a", config={"adapter": {"name": "unicon", "copy": "full"}})
-    run("bb", adapter="unicon_half")
+    run("a", config={"adapter": {"name": "unicon", **options("unicon")}})  # from before results had their design
+    run("bb", adapter="unicon_half", design=design("unicon_half"))
     cell("b-unicon")
     cell("b-half", adapter="unicon_half", peak_mem_gib=8.75)
     cell("b-other", adapter="unicon_half", resolution=512)
@@ -321,10 +325,205 @@ def test_a_benchmark_is_joined_to_runs_of_the_same_adapter_alone(run, cell, tmp_
     memory = charts["peak memory, GiB"]
     assert [(s.name, s.points[0].x) for s in memory.series] == [("unicon", 8.75), ("unicon_half", 8.75)]
     assert "measured, batch 4, 32-true, cpu, checkpointing none" in memory.note
-    run("ccc", config={"adapter": {"name": "unicon", "copy": "decoder"}})
-    (group,) = groups(read_rows([tmp_path / "runs" / name for name in ("a", "bb", "ccc")]))
+    run("ccc", config={"adapter": {"name": "unicon", **options("unicon", copy="decoder")}})
+    (group,) = groups(read_rows([tmp_path / "runs" / name for name in ("a", "ccc")]))
     group.rows = named(group.rows)
     assert "peak memory, GiB" not in {c.x for c in score_charts(group, found.costs)}  # one method is no comparison
+    cell("b-decoder", adapter_options=options("unicon", copy="decoder"), peak_mem_gib=8.75)
+    memory = {c.x: c for c in score_charts(group, read_all([tmp_path / "runs"]).costs)}["peak memory, GiB"]
+    assert [s.name for s in memory.series if s.points] == ["unicon copy=full", "unicon copy=decoder"]
+
+
+def test_the_options_that_a_benchmark_writes_are_those_of_a_trainings_design(run, cell, tmp_path):
+    """Both from their own configurations: a row of `src.bench` holds every key of the adapter's yaml."""
+    from src.bench.cell import _options
+
+    for name, adapter in (("a", "unicon"), ("bb", "unicon_half")):
+        cell(f"cell-{name}", adapter=adapter, adapter_options=_options(load("bench", [f"adapter={adapter}"])))
+        run(name, adapter=adapter, design=design_of(load("train", [f"adapter={adapter}", "optimizer.algorithm.lr=1e-3"])))
+    found = read_all([tmp_path / "runs"])
+    (group,) = groups(found.trained)
+    group.rows = named(group.rows)
+    charts = {chart.x: chart for chart in score_charts(group, found.costs)}
+    points = {s.name: s.points[0].x for s in charts["operations of training, TFLOP"].series}
+    per_image = (6e9 / 4 + 4e9 / 32) / 1e12  # of the made-up cell: 1 + 2 + 3 in batches of 4, and 4 for each step of 32
+    assert points == pytest.approx(dict.fromkeys(("unicon", "unicon_half"), 32000 * per_image))
+    assert "measured, batch 4" in charts["operations of training, TFLOP"].note
+
+
+def test_curves_and_evaluations_stand_against_operations_and_seconds_of_training(run, cell, tmp_path):
+    cell("cost")
+    cell("cost-half", adapter="unicon_half")
+    looks = {"fid_scenes": {"value": 40.0, "n": 8, "unit": "", "better": "lower", "ci95": None, "small_n": True}}
+    for name, adapter in (("a", "unicon"), ("bb", "unicon_half")):
+        folder = run(name, adapter=adapter, design=design(adapter), config_sha=adapter, train_seconds=100.0 * len(name))
+        rows = [{"images_seen": n, "train/seconds": n / 100, "val/canny_f1": 0.5} for n in (3200, 6400)]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        metrics = json.loads(COMMITTED.read_text())["metrics"] | looks
+        evaluation(
+            run(f"e{name}"), adapter=adapter, config_sha=adapter, design=design(adapter), metrics=metrics, images_seen=6400
+        )
+    found = read_all([tmp_path / "runs"])
+    (trained,), (evaluated,) = groups(found.trained), groups(found.evaluated)
+    per_image = (6e9 / 4 + 4e9 / 32) / 1e12  # of the made-up cell: 1 + 2 + 3 in batches of 4, and 4 for each step of 32
+    curves = {chart.x: chart for chart in curve_charts(trained, found.costs)}
+    assert [s.name for s in curves["images seen"].series] == ["unicon, seed 0", "unicon_half, seed 0"]
+    assert [p.x for p in curves["operations of training, TFLOP"].series[0].points] == pytest.approx(
+        [3200 * per_image, 6400 * per_image]
+    )
+    charts = {chart.title: chart for chart in score_charts(evaluated, found.costs, found.trained)}
+    assert [s.points[0].x for s in charts["fid_scenes against seconds of training"].series] == [100, 200]
+    assert [s.points[0].x for s in charts["canny_f1 against seconds of training"].series] == [100, 200]
+    whole = charts["fid_scenes against operations of training"].series[0].points[0]
+    assert (whole.x, whole.y) == (pytest.approx(6400 * per_image), 40)
+    assert "fid_scenes against peak memory" not in charts  # how it looks is told against the cost of the training alone
+
+
+# ---- designs, data, seeds ---------------------------------------------------------------------------------------------
+
+
+def test_ablations_are_joined_over_seeds_without_their_configurations(run, tmp_path):
+    for copy in ("full", "decoder"):
+        for seed in range(3):
+            same = {"design": design("unicon", copy=copy), "seed": seed, "config_sha": f"{copy}{seed}"}
+            run(f"{copy}{seed}", **same)
+            evaluation(run(f"e{copy}{seed}"), **same)
+    found = read_all([tmp_path / "runs"])
+    for (group,) in (groups(found.trained), groups(found.evaluated)):
+        methods = by_method(named(group.rows))
+        assert {name: sorted(seeds) for name, seeds in methods.items()} == {
+            "unicon copy=full": [0, 1, 2],
+            "unicon copy=decoder": [0, 1, 2],
+        }
+
+
+def test_an_evaluation_without_a_design_takes_that_of_its_training(run, tmp_path):
+    for copy in ("full", "decoder"):
+        run(copy, design=design("unicon", copy=copy), config_sha=copy)
+        evaluation(run(f"e{copy}"), config_sha=copy)
+    (group,) = groups(read_all([tmp_path / "runs"]).evaluated)
+    assert sorted(row.name for row in named(group.rows)) == ["unicon copy=decoder", "unicon copy=full"]
+
+
+def test_unlike_data_never_share_a_table(run, tmp_path):
+    run("a", data={"name": "scenes", "world_seed": 0})
+    run("bb", data={"name": "scenes", "world_seed": 1}, adapter="unicon_half")
+    first, second = groups(read_rows([tmp_path / "runs"]))
+    assert "data name scenes, world_seed 1 instead of name scenes, world_seed 0" in second.apart
+    assert "Data: name scenes, world_seed 0." in "\n".join(score_section(first))
+
+
+def test_learning_rates_that_differ_are_a_column(run, tmp_path):
+    run("a", design=design("unicon"))
+    run("bb", adapter="controlnet", design=design("controlnet", learning_rate=5e-4))
+    (group,) = groups(read_rows([tmp_path / "runs"]))
+    table = score_table(group)
+    assert [row[table.columns.index("learning rate")].text for row in table.rows] == ["0.002", "0.0005"]
+    assert "recipe" not in table.columns
+    assert any(
+        "differ in learning rate, which is part" in line for line in abstract.limits(Found(group.rows, [], []), [group], [])
+    )
+    (alone,) = groups(read_rows([tmp_path / "runs" / "a"]))
+    assert "learning rate" not in score_table(alone).columns
+
+
+def test_every_score_has_its_interval_its_seed_mean_and_its_pairs(run, tmp_path):
+    rng = np.random.default_rng(0)
+    for seed in range(2):
+        for adapter in ("unicon", "unicon_half"):
+            folder = run(f"{adapter[6:]}{seed}", rng.uniform(0, 1, 9), adapter=adapter, seed=seed, noise_seed=0)
+            kept = json.loads((folder / "outcome.json").read_text())
+            kept["scores"]["val_loss"] = rng.uniform(0, 1, 9).tolist()
+            (folder / "outcome.json").write_text(json.dumps(kept))
+    (group,) = groups(read_rows([tmp_path / "runs"]))
+    m = group.rows[0].result.metrics["val_loss"]
+    said = f"{m['value']:.3f} [{m['ci95'][0]:.3f}, {m['ci95'][1]:.3f}]"
+    assert said in markdown_table(score_table(group))
+    seeds = seed_table(group.rows)
+    assert seeds.rows[1][seeds.columns.index("val_loss \u2193")].value == pytest.approx(m["value"])
+    assert "All seeds share the held-out images and the noise they are drawn from." in seeds.about
+    control, loss = paired_tables(group.rows)
+    assert (control.fold, loss.fold) == ("", "val_loss: paired differences")
+    assert "drawn from the same noise" in control.about
+    gap = group.rows[1].scores["val_loss"] - group.rows[0].scores["val_loss"]
+    assert loss.rows[0][1].value == pytest.approx(gap.mean())
+    assert loss.rows[0][1].interval == tuple(bootstrap_ci(gap))
+
+
+def test_trainings_of_other_seeds_share_noise_only_if_they_say_so(run, tmp_path):
+    for seed in range(2):
+        run(f"a{seed}", [0.1, 0.2, 0.3], seed=seed)
+    rows = read_rows([tmp_path / "runs"])
+    assert [row.noise_seed for row in rows] == [0, 1]  # from before the noise had a seed of its own
+    assert "noise of their own" in paired_tables(rows)[0].about
+    assert seed_table(rows).about.endswith("All seeds share the held-out images.")
+
+
+def test_seeds_of_one_noise_stand_in_one_sheet(run, tmp_path):
+    for seed in range(2):
+        cells(run(f"a{seed}", seed=seed, noise_seed=0), seed=7, controlled=seed)
+    (sheet,) = sheets(read_rows([tmp_path / "runs"]))
+    assert sheet.columns[-2:] == ["unicon, seed 0", "unicon, seed 1"]
+
+
+def test_differences_of_sets_are_those_of_the_comparison_turned_around_if_need_be(run, tmp_path):
+    looks = {"fid_scenes": {"value": 40.0, "n": 8, "unit": "d", "better": "lower", "ci95": None, "small_n": True}}
+    metrics = json.loads(COMMITTED.read_text())["metrics"] | looks
+    for name in ("a", "b"):
+        evaluation(run(name, [0.1, 0.2, 0.4]), adapter=f"method_{name}", metrics=metrics)
+    found = read_all([tmp_path / "runs"])
+    (group,) = groups(found.evaluated)
+    (alone,) = paired_tables(group.rows, found.compared)
+    assert "Of fid_scenes: python -m src.evaluate compare=" in alone.about
+    gap = {"value": 3.0, "n": 8, "unit": "d", "better": "lower", "ci95": [1.0, 6.0]}
+    subjects = [{"label": name, "hash": name} for name in ("a", "b")]
+    made = {"kind": "comparison", "manifest": "cafe" * 4, "subjects": subjects}
+    pair = {"of": "a, method_a", "minus": "b, method_b", "metrics": {"fid_scenes": gap}}
+    for manifest, shown in (("cafe" * 4, True), ("f00d" * 4, False)):
+        (tmp_path / "runs" / "comparison.json").write_text(json.dumps(made | {"manifest": manifest, "pairs": [pair]}))
+        tables = paired_tables(group.rows, read_all([tmp_path / "runs"]).compared)
+        assert len(tables) == 1 + shown
+    (tmp_path / "runs" / "comparison.json").write_text(json.dumps(made | {"pairs": [pair]}))
+    _, fid = paired_tables(group.rows, read_all([tmp_path / "runs"]).compared)
+    assert [cell.text for cell in fid.rows[0]] == ["method_b, seed 0", "-3.000 [-6.000, -1.000]"]
+
+
+def test_the_csv_says_what_a_number_may_be_compared_with(run, tmp_path):
+    looks = {"fid_scenes": {"value": 40.0, "n": 8, "unit": "d", "better": "lower", "ci95": None, "small_n": True}}
+    metrics = json.loads(COMMITTED.read_text())["metrics"] | looks
+    evaluation(run("a"), metrics=metrics, config_sha="abc", design=design("unicon"))
+    rows = list(csv.DictReader(csv_text(named(read_all([tmp_path / "runs"]).evaluated)).splitlines()))
+    (fid,) = [row for row in rows if row["metric"] == "fid_scenes"]
+    assert (fid["small_n"], fid["subject"], fid["manifest"], fid["config_sha"]) == ("True", "a", "cafe" * 4, "abc")
+    assert (fid["method"], fid["learning_rate"], fid["recipe"]) == ("unicon", "0.002", "fair")
+    assert all(row["small_n"] == "" for row in rows if row is not fid)
+
+
+def test_latency_has_a_column_and_a_line(cell, tmp_path):
+    spread = {"median": 7.5, "quartiles": [7.0, 8.0], "n": 20}
+    sampling = {"steps": 20, "guidance": 3.0, "batch": 8}
+    cell("a", what="inference", sampling=sampling, latency_ms=dict.fromkeys(("condition", "step", "image"), spread))
+    found = read_all([tmp_path / "runs"])
+    (group,) = cost_groups(found.costs)
+    table = time_table(group)
+    assert table.rows[0][table.columns.index("latency of an image, ms")].text == "7.50 [7.00, 8.00]"
+    assert "latency_ms.image,7.5,7.0,8.0,20,ms" in cost_csv(found.costs)
+    cell("b")
+    (other,) = cost_groups(read_all([tmp_path / "runs" / "b"]).costs)
+    assert not [title for title in time_table(other).columns if "latency" in title]
+
+
+def test_seeds_of_a_method_have_one_line_in_a_legend(run, tmp_path):
+    for seed in range(2):
+        folder = run(f"a{seed}", seed=seed)
+        rows = [{"images_seen": n, "val/canny_f1": 0.5} for n in (3200, 6400)]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (group,) = groups(read_rows([tmp_path / "runs"]))
+    (chart,) = curve_charts(group)
+    assert [s.name for s in chart.series] == ["unicon", "unicon"]
+    assert [s.points[0].tip[:14] for s in chart.series] == ["unicon, seed 0", "unicon, seed 1"]
+    assert len(_chart(chart)["legend"]) == 1
+    assert "trained parameters, millions" not in {c.x for c in score_charts(group)}  # one method, at one cost
 
 
 def test_stacks_add_up(cell, tmp_path):
@@ -446,7 +645,21 @@ def test_the_dashboard_is_plain_data_over_keys_that_runs_log(tmp_path, capsys):
     logged = (ROOT / "src" / "callbacks" / "meter.py").read_text() + (ROOT / "src" / "callbacks" / "control.py").read_text()
     keys = {key for panel in panels for key in panel["y"] if isinstance(panel["y"], list)}
     assert {key for key in keys if key.startswith("val/canny_f1")} >= {"val/canny_f1", "val/canny_f1/wrong_condition"}
-    assert all(f'"{key}"' in logged for key in keys if not key.startswith("val/canny_f1"))
+    assert all(f'"{key}"' in logged for key in keys if not key.startswith(("val/canny_f1", "eval/", "cost/")))
+
+
+def test_the_dashboard_shows_what_evaluations_and_benchmarks_log(run, cell, tmp_path):
+    from src.loggers.results import scalars
+
+    looks = {"fid_scenes": {"value": 40.0, "n": 8, "unit": "d", "better": "lower", "ci95": None, "small_n": True}}
+    evaluation(run("a"), metrics=json.loads(COMMITTED.read_text())["metrics"] | looks)
+    cell("b")
+    found = read_all([tmp_path / "runs"])
+    sent = {key for row in (*found.evaluated, *found.costs) for key, _ in scalars(row.result)}
+    made = definition("ControlBench", "controlbench", None, {"canny": "canny_f1"})
+    panels = {section["name"]: [p["y"][0] for p in section["panels"]] for section in made["sections"]}
+    assert panels["evaluations"] == ["eval/canny_f1", "eval/fid", "eval/fid_scenes"]
+    assert {*panels["evaluations"], *panels["benchmarks"]} - sent == {"eval/fid"}  # which wants Inception
 
 
 def test_the_dashboard_knows_every_task():

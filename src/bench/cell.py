@@ -146,6 +146,10 @@ def _options(cfg: DictConfig) -> dict[str, Any]:
 def _write(cell: Cell, result: CostResult, ended: bool = True) -> Path:
     folder = new_run(cell.cfg).folder
     write_cost(folder / "results.json", result)
+    if cell.cfg.logger.name != "local":
+        from src.loggers.results import log_result  # Lightning comes with it
+
+        log_result(cell.cfg.logger, folder, cell.cfg.name, OmegaConf.to_container(cell.cfg, resolve=True), result)
     for line in lines(result):
         _say(line)
     if ended:

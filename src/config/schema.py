@@ -133,6 +133,7 @@ class BenchConfig:
     adapter: dict[str, Any] = field(default=MISSING, metadata=NODE)
     hardware: HardwareConfig = MISSING
     optimizer: OptimizerConfig = MISSING
+    logger: LoggerConfig = MISSING
     sweep: SweepConfig = MISSING
 
 
@@ -246,6 +247,7 @@ class EvaluateConfig(EvaluateKeys):
     """`python -m src.evaluate`: trained adapters on a named set, measured."""
 
     hardware: HardwareConfig = MISSING
+    logger: LoggerConfig = MISSING
 
 
 @dataclass

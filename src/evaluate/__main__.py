@@ -7,15 +7,19 @@ Drawn and scored by what validates trainings (src/control_score.py). The last li
 its own, of several the one that holds them and comparison.json. A command that was killed goes on where it was.
 """
 
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from typing import TYPE_CHECKING
 
-from src.config import cli, resolve_hardware
-from src.evaluate.subjects import find_subjects
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 
-def main(cfg: DictConfig) -> None:
+def main(cfg: "DictConfig") -> None:
     """The entry: compare what is there, or evaluate."""
+    from hydra.core.hydra_config import HydraConfig
+
+    from src.config import resolve_hardware
+    from src.evaluate.subjects import find_subjects
+
     typed = list(HydraConfig.get().overrides.task)
     cfg = resolve_hardware(cfg)
     if cfg.compare:
@@ -31,4 +35,11 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    import sys
+
+    from src.evaluate.early import refuse_absent
+
+    refuse_absent(sys.argv[1:])  # torch comes with everything else, and takes seconds
+    from src.config import cli
+
     cli("evaluate", main)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from src.construct import construct
 from src.control_score import ARMS, NONE, RIGHT, HeldOut, drawn
@@ -101,8 +101,14 @@ def evaluate_one(work: Work, subject: Subject) -> Path:
     manifest = write_manifest(kept.folder, conditions, described, drawing, files)
     pictures = {arm: kept.many(names(FOLDERS[arm], range(len(work.plan)))) for arm in work.arms}
     found = measure(held, work.opened, pictures, work.measures, say)
-    write_numbers(kept.folder, manifest, found, work.opened, model, held, progress)
+    result = write_numbers(kept.folder, manifest, found, work.opened, model, held, progress)
     kept.close()
+    if cfg.logger.name != "local":
+        from src.loggers.results import log_result
+
+        trained = OmegaConf.to_container(subject.cfg, resolve=True)
+        named = {"adapter": {**trained.get("adapter", {}), "name": model.adapter.name}, "evaluation": conditions}
+        log_result(cfg.logger, kept.folder, f"{work.plan.name} {subject.label}", {**trained, **named}, result)
     for line in told(found.entries):
         say(line)
     say(f"pictures: {kept.folder}   numbers: {kept.folder}/results.json")

@@ -59,17 +59,17 @@ def conditions_hash(conditions: Mapping[str, Any]) -> str:
 def write_manifest(
     folder: Path, conditions: dict[str, Any], subject: dict[str, Any], drawing: dict[str, Any], files: list[dict[str, str]]
 ) -> dict[str, Any]:
-    """Put manifest.json in place: nothing in it depends on when, how fast or in how many goes it was made."""
+    """Put manifest.json in place: nothing in it depends on when, how fast or in how many goes it was made, and nothing but
+    `command` on where. `content_hash` is over all else: equal for two evaluations with the same pictures."""
+    content = plain({"conditions": conditions, "subject": subject, "drawing": drawing, "files": files})
     manifest = {
         "version": VERSION,
-        "conditions": conditions,
         "conditions_hash": conditions_hash(conditions),
-        "subject": subject,
-        "drawing": drawing,
+        "content_hash": _hash(content, 8),
         "command": command_line(),
-        "files": files,
+        **content,
     }
-    write_atomic(folder / NAME, (json.dumps(plain(manifest), indent=1) + "\n").encode())
+    write_atomic(folder / NAME, (json.dumps(manifest, indent=1) + "\n").encode())
     return manifest
 
 

@@ -14,7 +14,9 @@ from src.control_score import ARMS, NONE, RIGHT, HeldOut, Scores, ceiling, contr
 from src.evaluate.measures import Measures, features_of
 from src.evaluate.pictures import Pictures, Progress, Say
 from src.evaluate.sets import EvaluationSet
+from src.metrics.crosscheck import cross_checked
 from src.metrics.distances import set_distances
+from src.metrics.extractors import Inception
 from src.metrics.quality import entries, picture_scores
 from src.results import command_line, environment, git_state, write_atomic
 from src.results.evaluation import EvaluationResult, write_evaluation
@@ -29,11 +31,13 @@ JUDGED = (RIGHT, NONE)  # arms whose look is measured, beside whether they follo
 @dataclass
 class Found:
     """entries: of results.json; scores: metric, or metric/arm -> one value per image; features: extractor's suffix -> files of
-    the features of the right condition's pictures and of the set's images."""
+    the features of the right condition's pictures and of the set's images; crosscheck: other packages' FID of these, where
+    they are Inception's."""
 
     entries: dict[str, dict[str, Any]]
     scores: Scores
     features: dict[str, dict[str, str]] = field(default_factory=dict)
+    crosscheck: dict[str, Any] | None = None
 
 
 def measure(held: HeldOut, opened: EvaluationSet, pictures: Mapping[str, Pictures], measures: Measures, said: Say) -> Found:
@@ -51,12 +55,24 @@ def measure(held: HeldOut, opened: EvaluationSet, pictures: Mapping[str, Picture
             found.entries |= {named(k, arm): v for k, v in distances.items() if measures.wants(k)}
             if arm == RIGHT:
                 found.features[extractor.suffix] = {"pictures": str(file), "images": str(real)}
+                if isinstance(extractor, Inception) and measures.wants("fid"):
+                    found.crosscheck = crosschecked(ours, reference, said)
         if measures.pictures:
             originals = opened.images if measures.compares or measures.wanted else None
             values = picture_scores(measures.pictures, pictures[arm], opened.captions, originals)
             values = {k: v for k, v in values.items() if measures.wants(k) and named(k, arm) not in found.entries}
             found.scores |= {named(k, arm): v for k, v in values.items()}
             found.entries |= {named(k, arm): v for k, v in entries(measures.pictures, values).items()}
+    return found
+
+
+def crosschecked(ours: np.ndarray, reference: np.ndarray, said: Say) -> dict[str, Any]:
+    """FID by this project, clean-fid and torchmetrics on the same features (N, F), and one line of whether they agree."""
+    said(f"fid: the same {len(ours):,} features through clean-fid and torchmetrics, which take a while")
+    found = cross_checked(ours, reference)
+    told = ", ".join(f"{name} {value:.4f}" if isinstance(value, float) else f"{name}: {value}" for name, value in found.items()
+                     if name != "agree")  # fmt: skip
+    said(f"fid {'agrees' if found['agree'] else 'DOES NOT AGREE'}: {told}")
     return found
 
 
@@ -68,8 +84,8 @@ def write_numbers(
     model: "Sampler",
     held: HeldOut,
     progress: Progress,
-) -> None:
-    """outcome.json, the score of every image, then results.json."""
+) -> EvaluationResult:
+    """outcome.json, the score of every image, then results.json. -> what is in the latter."""
     conditions, subject, drawing = (manifest[key] for key in ("conditions", "subject", "drawing"))
     relative = {s: {k: str(Path(f).relative_to(folder.parent)) for k, f in fs.items()} for s, fs in found.features.items()}
     kept = {
@@ -94,6 +110,8 @@ def write_numbers(
         seed=subject["seed"],
         images_seen=subject["images_seen"],
         config_sha=subject["config_sha"],
+        design=subject["design"],
+        crosscheck=found.crosscheck,
         trainable_m=sum(p.numel() for p in model.adapter.parameters()) / 1e6,
         draw_seconds=None if seconds is None else round(seconds, 1),
         img_per_s=None if seconds is None else progress.made / max(1e-9, seconds),
@@ -115,3 +133,4 @@ def write_numbers(
         command=command_line(),
     )
     write_evaluation(folder / "results.json", result)
+    return result

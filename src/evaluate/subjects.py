@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from src.results.design import design_of, flat
 from src.types import UserError
 
 if TYPE_CHECKING:
@@ -44,12 +45,13 @@ class Subject:
     def described(self) -> dict[str, Any]:
         """What a manifest says of it before its weights are read."""
         if self.checkpoint is None:
-            return {"label": self.label, "kind": "diffusers", "seed": None, "images_seen": None, "config_sha": None}
+            unknown = dict.fromkeys(("seed", "images_seen", "config_sha", "design"))
+            return {"label": self.label, "kind": "diffusers", **unknown}
         from src.checkpoint import read_meta
 
         meta = read_meta(self.checkpoint)
         said = {"images_seen": meta.get("images_seen"), "config_sha": meta.get("config_sha")}
-        return {"label": self.label, "kind": "run", "seed": self.cfg.seed, **said}
+        return {"label": self.label, "kind": "run", "seed": self.cfg.seed, **said, "design": design_of(self.cfg)}
 
 
 def find_subjects(cfg: DictConfig, typed: Sequence[str]) -> list[Subject]:
@@ -103,13 +105,6 @@ def refuse_unlike(one: dict[str, Any], two: dict[str, Any], name_one: str, name_
             f"{name_one} and {name_two} do not compare: {first} differs, {a.get(first)!r} and {b.get(first)!r}{rest}; evaluate "
             "both under the same conditions, each alone otherwise"
         )
-
-
-def flat(tree: Any, key: str = "") -> dict[str, Any]:
-    """Nested mappings and lists as dotted keys."""
-    if isinstance(tree, dict) and tree:
-        return {k: v for name, child in tree.items() for k, v in flat(child, f"{key}.{name}" if key else str(name)).items()}
-    return {key: tree}
 
 
 def without_weights(task: DictConfig) -> DictConfig:

@@ -69,7 +69,8 @@ class WandbRun(RunLogger):
             os.environ[name] = str(place)
         mode, why = (asked, why) if asked == "offline" else reachable(wandb.setup().settings.base_url)
         options = {"id": _run_id(folder / "run-id.txt"), "resume": "allow", "dir": str(self.run_dir), "config": config}
-        options |= {"project": cfg.project, "entity": cfg.entity, "group": cfg.group, "tags": tags, "name": self.name}
+        group = cfg.group or os.environ.get("WANDB_RUN_GROUP")  # which a sweep sets for its cells
+        options |= {"project": cfg.project, "entity": cfg.entity, "group": group, "tags": tags, "name": self.name}
         quiet = {"silent": True, "console": "off", "disable_git": True, "x_disable_meta": True, "save_code": False}
         waits = {"init_timeout": INIT_S, "finish_timeout": FINISH_S, "x_transaction_log_flush_interval": 0.5}
         options |= {"settings": wandb.Settings(**quiet, **waits)}

@@ -4,6 +4,7 @@ Both are slow: minutes for 2048 features, where `frechet_distance` takes seconds
 """
 
 import importlib.util
+import math
 
 import numpy as np
 
@@ -22,6 +23,8 @@ def by_cleanfid(a_NF: np.ndarray, b_MF: np.ndarray) -> float | str:
         return float(fid_from_feats(np.asarray(a_NF, np.float64), np.asarray(b_MF, np.float64)))
     except TypeError as error:  # SciPy 1.18 dropped an argument that clean-fid gives
         return f"clean-fid does not work with this SciPy ({error}): pip install 'scipy<1.18'"
+    except ValueError as error:  # its root of a singular product can come out complex
+        return f"clean-fid gives up on these features ({error})"
 
 
 def by_torchmetrics(a_NF: np.ndarray, b_MF: np.ndarray) -> float:
@@ -45,6 +48,7 @@ def cross_checked(a_NF: np.ndarray, b_MF: np.ndarray) -> dict[str, float | str |
         "clean-fid": by_cleanfid(a_NF, b_MF),
         "torchmetrics": by_torchmetrics(a_NF, b_MF),
     }
+    found = {name: x if isinstance(x, str) or math.isfinite(x) else f"{x}" for name, x in found.items()}
     numbers = [x for x in found.values() if not isinstance(x, str)]
     scale = max(map(abs, numbers))
     return {**found, "agree": max(numbers) - min(numbers) <= AGREE * scale}

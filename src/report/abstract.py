@@ -4,9 +4,11 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
 
 from src.report.groups import Group, short
+from src.report.names import differing
+from src.report.pairs import difference
 from src.report.rows import Found, Row
 from src.report.seeds import by_method, over_seeds
-from src.report.tables import difference, number, signed
+from src.report.tables import TRAINED, number, signed
 
 FEW_IMAGES = 100  # a mean over fewer has an interval that hides most differences between methods
 FID_NEEDS = 2048  # images; the covariance of Inception's features has no full rank below
@@ -23,7 +25,8 @@ def compared(found: Found, trained: Sequence[Group[Row]], evaluated: Sequence[Gr
     if found.evaluated:
         apart = _apart(len(found.evaluated), "evaluation", len(evaluated))
         says.append(f"Evaluations: {_some(found.evaluated)}. {apart}".strip())
-    says += [lead for group in (*trained, *evaluated) if (lead := leader(group))]
+    says += [lead for group in trained if (lead := leader(group))]
+    says += [f"Evaluated: {lead}" for group in evaluated if (lead := leader(group))]
     if found.costs:
         modes = {mode: sum(row.result.mode == mode for row in found.costs) for mode in ("measure", "estimate")}
         counts = [f"{n} {word}" for (mode, word) in (("measure", "measured"), ("estimate", "estimated")) if (n := modes[mode])]
@@ -81,7 +84,7 @@ def _leader_over_seeds(title: str, rows: Sequence[Row]) -> str:
 def limits(found: Found, trained: Sequence[Group[Row]], evaluated: Sequence[Group[Row]]) -> list[str]:
     """What cannot be concluded, each with the rows that make it so."""
     rows, groups = [*found.trained, *found.evaluated], [*trained, *evaluated]
-    says = [*_seeds(groups), *_few(rows), *_many(groups), *_sizes(groups), *_fid(rows)]
+    says = [*_seeds(groups), *_few(rows), *_many(groups), *_sizes(groups), *_recipes(groups), *_fid(rows)]
     if any(row.result.backbone["id"].startswith(EMBEDDED) for row in rows):
         names = _joined(sorted({short(r.result.backbone["id"]) for r in rows if r.result.backbone["id"].startswith(EMBEDDED)}))
         says.append(
@@ -138,6 +141,18 @@ def _sizes(groups: Iterable[Group[Row]]) -> list[str]:
         if unlike
         else []
     )
+
+
+def _recipes(groups: Iterable[Group[Row]]) -> list[str]:
+    found = {}  # what differs -> titles
+    for group in groups:
+        apart = differing([row.result.design or {} for row in group.rows])
+        if keys := tuple(title for name, title in TRAINED.items() if name in apart):
+            found.setdefault(keys, {})[group.title] = None
+    return [
+        f"Rows of {_joined(titles)} differ in {_joined(keys)}, which is part of what their numbers compare."
+        for keys, titles in found.items()
+    ]
 
 
 def _fid(rows: Sequence[Row]) -> list[str]:

@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from omegaconf import OmegaConf
 
 from src.report.costs import words
 from src.report.groups import Group
+from src.report.joins import SECONDS, TRAINING, joined, seconds_of
 from src.report.names import cost_names
 from src.report.rows import CostRow, Row
 from src.report.tables import number
@@ -16,6 +16,7 @@ from src.results import read_rows as read_lines
 from src.results.cost import FLOPS, MEMORY, PHASES
 
 VALIDATED = "val/"
+LOOKS = ("fid", "fid_scenes")  # how pictures look, where an evaluation has measured it
 STACKS = {  # title -> unit, parts
     "peak memory": ("GiB", MEMORY),
     "operations of a step": ("GFLOP", FLOPS),
@@ -83,33 +84,42 @@ class Stack:
     bound: bool = False
 
 
-def score_charts(group: Group[Row], costs: Sequence[CostRow] = ()) -> list[Chart]:
+def score_charts(group: Group[Row], costs: Sequence[CostRow] = (), trained: Sequence[Row] = ()) -> list[Chart]:
     """The control score of every run with its interval against what it cost: seconds, parameters, and memory and operations
-    where cells of the same methods on the same backbone were benchmarked. [] for a single run."""
+    where cells of the same designs were benchmarked; how the pictures look against the cost of the training alone. [] for a
+    single run. trained: the trainings that evaluations may have come from."""
     if len(group.rows) < 2:
         return []
+    axes: dict[str, Callable[[Row], float | None]] = {SECONDS: seconds_of(trained)}
+    notes = {SECONDS: f"Seconds as the runs took them, on {group.conditions.get('device') or 'the machines of the trainings'}."}
+    bench = joined(group.rows, costs)
+    axes["trained parameters, millions"] = lambda row: row.result.trainable_m
+    if bench:
+        found = bench.axes(_batches(trained))
+        axes |= found
+        notes |= dict.fromkeys(found, bench.note)
+    main, names = group.rows[0].main_metric, {name for row in group.rows for name in row.result.metrics}
+    wanted = [(main, name) for name in axes]
+    wanted += [(look, name) for look in LOOKS if look in names for name in (SECONDS, TRAINING) if name in axes]
     charts = []
-    axes: dict[str, Callable[[Row], float | None]] = {
-        "seconds of training": lambda row: getattr(row.result, "train_seconds", None),
-        "trained parameters, millions": lambda row: row.result.trainable_m,
-    }
-    notes = {"seconds of training": f"Seconds as the runs took them, on {group.conditions.get('device')}."}
-    for name, (of, note) in _benchmarked(group, costs).items():
-        axes[name], notes[name] = of, note
-    metric = group.rows[0].main_metric
-    for name, of in axes.items():
-        series = tuple(_scored(group.rows, of, name))
-        if sum(len(s.points) for s in series) > 1:
-            charts.append(
-                Chart(f"{metric} against {name.split(',')[0]}", name, _axis(group.rows[0]), series, notes.get(name, ""))
-            )
+    for metric, name in wanted:
+        series = tuple(_scored(group.rows, metric, axes[name], name))
+        points = [p for s in series for p in s.points]
+        # seeds of a single method, all at one cost, compare nothing
+        if len(points) > 1 and (len({p.x for p in points}) > 1 or sum(bool(s.points) for s in series) > 1):
+            title = f"{metric} against {name.split(',')[0]}"
+            charts.append(Chart(title, name, _axis(group.rows, metric), series, notes.get(name, "")))
     return charts
 
 
-def _scored(rows: Sequence[Row], of: Callable[[Row], float | None], axis: str) -> list[Series]:
+def _batches(trained: Sequence[Row]) -> dict[str | None, int]:
+    return {row.result.config_sha: row.result.effective_batch for row in trained}
+
+
+def _scored(rows: Sequence[Row], metric: str, of: Callable[[Row], float | None], axis: str) -> list[Series]:
     points: dict[str, list[Point]] = {}
     for row in rows:
-        m, x = row.result.metrics.get(row.main_metric), of(row)
+        m, x = row.result.metrics.get(metric), of(row)
         own = points.setdefault(row.name or row.result.adapter, [])
         if m is not None and x is not None:
             low, high = m["ci95"] or (None, None)
@@ -119,42 +129,22 @@ def _scored(rows: Sequence[Row], of: Callable[[Row], float | None], axis: str) -
     return [Series(name, tuple(own), colour) for colour, (name, own) in enumerate(points.items())]
 
 
-def _axis(row: Row) -> str:
-    m = row.result.metrics[row.main_metric]
+def _axis(rows: Sequence[Row], metric: str) -> str:
+    m = next(row.result.metrics[metric] for row in rows if metric in row.result.metrics)
     direction = f", {m['better']} is better" if m["better"] else ""
-    return f"{row.main_metric}{direction}"
+    return f"{metric}{direction}"
 
 
-def _benchmarked(group: Group[Row], costs: Sequence[CostRow]) -> dict[str, tuple[Callable[[Row], float | None], str]]:
-    """Axes from the cells of a benchmark that share most methods with the group: name -> (cost of a run, what it is)."""
-    c, methods = group.conditions, {row.result.adapter for row in group.rows}
-    alike: dict[str, dict[str, CostRow]] = {}
-    for cell in costs:
-        r = cell.result
-        fits = (r.backbone["id"], r.resolution, r.what, r.status) == (c["backbone"], c["resolution"], "training", "done")
-        if fits and r.adapter in methods and not r.adapter_options and not r.flags["naive"]:
-            about = f"{r.mode}d, batch {r.batch}, {r.precision}, {r.device}, checkpointing {r.flags['checkpointing']}"
-            alike.setdefault(about, {}).setdefault(r.adapter, cell)
-    if not alike:
-        return {}
-    about, cells = max(alike.items(), key=lambda item: len(item[1]))
-
-    def of(pick: Callable[[Any], float]) -> Callable[[Row], float | None]:
-        # a benchmark of the adapter as it comes says nothing of one of its ablations
-        return lambda row: pick(cells[row.result.adapter].result) if row.name in cells else None
-
-    note = f"Cost as benchmarked: {about}."
-    return {
-        "peak memory, GiB": (of(lambda r: r.peak_mem_gib), note),
-        "operations of a step, GFLOP": (of(lambda r: sum(r.flops[part] for part in FLOPS) / 1e9), note),
-    }
-
-
-def curve_charts(group: Group[Row]) -> list[Chart]:
-    """The control score while training, against images and against seconds of training, of the runs that kept their curves."""
-    metric, first = f"{VALIDATED}{group.rows[0].main_metric}", group.rows[0]
-    curves: dict[str, list[Series]] = {"images seen": [], "seconds of training": []}
-    colours = {name: i for i, name in enumerate(dict.fromkeys(row.name or row.result.adapter for row in group.rows))}
+def curve_charts(group: Group[Row], costs: Sequence[CostRow] = ()) -> list[Chart]:
+    """The control score while training, against images, seconds of training and, of designs that were benchmarked, the
+    operations of the training so far; of the runs that kept their curves."""
+    first, bench = group.rows[0], joined(group.rows, costs)
+    metric = f"{VALIDATED}{first.main_metric}"
+    curves: dict[str, list[Series]] = {"images seen": [], SECONDS: [], TRAINING: []}
+    methods = [row.name or row.result.adapter for row in group.rows]
+    colours = {name: i for i, name in enumerate(dict.fromkeys(methods))}
+    # seeds of a method share their colour, and their line in the legend
+    named = {r.place: r.label if methods.count(name) == 1 else name for r, name in zip(group.rows, methods, strict=True)}
     for row in group.rows:
         file = row.folder / "metrics.jsonl"
         rows = read_lines(file) if file.is_file() else []
@@ -162,18 +152,21 @@ def curve_charts(group: Group[Row]) -> list[Chart]:
         if len(scored) < 2:
             continue
         spent = [(r["images_seen"], r["train/seconds"]) for r in rows if "train/seconds" in r]
+        done = [bench.operations(row, images, {}) for images, _ in scored] if bench else []
+        places = {"images seen": [images for images, _ in scored], SECONDS: _seconds(scored, spent)}
+        places[TRAINING] = [x for x in done if x is not None]
         colour = colours[row.name or row.result.adapter]
-        for name, lines in curves.items():
-            timed = name.startswith("seconds")
+        for name, xs in places.items():
             points = []
-            for x, (images, y) in zip(_seconds(scored, spent) if timed else [i for i, _ in scored], scored, strict=False):
-                when = f", {x:,.0f} s" if timed else ""
+            for x, (images, y) in zip(xs, scored, strict=False):  # of no cost there is no curve
+                when = "" if name == "images seen" else f"; {name}: {number(x)}"
                 points.append(Point(x, y, tip=f"{row.label}: {number(y)} at {images:,} images{when}"))
             if points:
-                lines.append(Series(row.label, tuple(points), colour, line=True))
+                curves[name].append(Series(named[row.place], tuple(points), colour, line=True))
     note = f"Scored while training on {_watched(group.rows)} held-out images, the last point on n = {group.conditions['n']}."
-    title = f"{first.main_metric} while training, against"
-    return [Chart(f"{title} {x}", x, _axis(first), tuple(lines), note) for x, lines in curves.items() if lines]
+    notes = {TRAINING: f"{note} {bench.note}"} if bench else {}
+    title, y = f"{first.main_metric} while training, against", _axis(group.rows, first.main_metric)
+    return [Chart(f"{title} {x.split(',')[0]}", x, y, tuple(lines), notes.get(x, note)) for x, lines in curves.items() if lines]
 
 
 def _seconds(scored: Sequence[tuple[float, float]], spent: Sequence[tuple[float, float]]) -> list[float]:

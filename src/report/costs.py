@@ -11,6 +11,8 @@ from src.report.rows import CostRow
 from src.report.tables import Cell, Table, number
 from src.results.cost import FLOPS, MEMORY, PHASES
 
+LATENCY = {"condition": "a condition", "step": "a step", "image": "an image"}
+
 SAID = ("compile", "optimizer", "optimizer_kernel", "quantize", "tf32_matmul", "channels_last", "ema", "threads")
 WORDS = {"frozen_weights": "frozen weights", "trainable_weights": "trained weights", "ema": "average"}
 TOLD = (
@@ -50,16 +52,18 @@ def time_table(group: Group[CostRow]) -> Table:
     for row, name in zip(group.rows, cost_names(group.rows), strict=True):
         r, of = row.result, (row.place,)
         if r.status == "oom":
-            table.append([Cell(name), *[Cell("")] * (len(FLOPS) + len(PHASES) + 2)])
+            table.append([Cell(name), *[Cell("")] * (len(FLOPS) + len(PHASES) + len(LATENCY) + 2)])
             continue
         cells = [Cell(name)]
         cells += [Cell(number(r.flops[p] / 1e9), r.flops[p] / 1e9, of, words(p), unit="GFLOP") for p in FLOPS]
         times = r.step_time_ms or {}
         cells += [time_cell(times.get(p), times.get("bound", False), of, words(p)) for p in PHASES]
+        cells += [time_cell((r.latency_ms or {}).get(p), times.get("bound", False), of, f"latency, {p}") for p in LATENCY]
         cells.append(Cell("") if r.img_per_s is None else Cell(f"{r.img_per_s:,.2f}", r.img_per_s, of, "images/s"))
         cells.append(Cell("") if r.mfu is None else Cell(f"{100 * r.mfu:.1f} %", r.mfu, of, "MFU"))
         table.append(cells)
     titles = [*(f"{words(p)}, GFLOP" for p in FLOPS), *(f"{words(p)}, ms" for p in PHASES)]
+    titles += [f"latency of {word}, ms" for word in LATENCY.values()]  # of drawing pictures alone
     bound = group.conditions["mode"] == "estimate"
     rates = group.conditions.get("rates") or {}
     about = f"Lower bounds from the rates of {rates.get('gpu')}." if bound and rates else ""
@@ -137,14 +141,14 @@ def _quantities(r: Any) -> Iterable[dict[str, Any]]:
     yield {"quantity": "peak_mem_gib", "value": r.peak_mem_gib, "unit": "GiB"}
     yield from ({"quantity": f"memory_gib.{k}", "value": v, "unit": "GiB"} for k, v in r.memory_gib.items())
     yield from ({"quantity": f"flops.{k}", "value": v, "unit": "FLOP"} for k, v in r.flops.items())
-    times = r.step_time_ms or {}
-    for phase, entry in times.items():
-        if isinstance(entry, dict):
-            low, high = entry["quartiles"]
-            spread = {"value": entry["median"], "low": low, "high": high, "n": entry["n"]}
-            yield {"quantity": f"step_time_ms.{phase}", "unit": "ms", **spread}
-        elif phase != "bound":
-            yield {"quantity": f"step_time_ms.{phase}", "value": entry, "unit": "ms", "bound": True}
+    for kind, times in {"step_time_ms": r.step_time_ms, "latency_ms": r.latency_ms}.items():
+        for phase, entry in (times or {}).items():
+            if isinstance(entry, dict):
+                low, high = entry["quartiles"]
+                spread = {"value": entry["median"], "low": low, "high": high, "n": entry["n"]}
+                yield {"quantity": f"{kind}.{phase}", "unit": "ms", **spread}
+            elif phase != "bound":
+                yield {"quantity": f"{kind}.{phase}", "value": entry, "unit": "ms", "bound": True}
     for name, unit in {"img_per_s": "images/s", "mfu": "fraction"}.items():
         if getattr(r, name) is not None:
             yield {"quantity": name, "value": getattr(r, name), "unit": unit}

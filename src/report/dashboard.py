@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from src.config import CONF
 from src.config.signatures import locate
+from src.report.charts import LOOKS
 from src.report.rows import read_rows
 from src.results import write_atomic
 from src.types import UserError
@@ -22,6 +23,11 @@ IMAGES, SECONDS = "images_seen", "train/seconds"
 CLOCK = "RelativeTime(Process)"  # W&B's own clock, which runs in validations, too
 ARMS = ("", "/wrong_condition", "/zero_condition", "/no_condition")
 METHOD, BACKBONE, TASK = "adapter.name", "backbone.name", "task.name"  # of a run's configuration
+BENCHED = {  # title -> what a benchmark logs
+    "peak memory of a step, GiB": "peak_mem_gib",
+    "milliseconds of a step, benchmarked": "step_time_ms/total",
+    "images per second, benchmarked": "img_per_s",
+}
 EXTRA = "pip install -e '.[dashboards]'"
 
 
@@ -45,6 +51,11 @@ def definition(name: str, project: str, entity: str | None, metrics: dict[str, s
     ]
     learning = [_line(title, [key], IMAGES) for title, key in (("loss", "train/loss"), ("validation loss", "val/loss"))]
     sections = {"control": first, "arms": arms, "cost against control": cost, "memory and speed": machine, "loss": learning}
+    looks = [(name, f"eval/{name}") for name in (*metrics.values(), *LOOKS)]
+    sections["evaluations"] = [
+        {"kind": "bar", "title": f"{name} of evaluations", "y": [key]} for name, key in dict(looks).items()
+    ]
+    sections["benchmarks"] = [{"kind": "bar", "title": title, "y": [f"cost/{key}"]} for title, key in BENCHED.items()]
     sections["the same scenes"] = [{"kind": "media", "title": "source, condition, no control, controlled", "y": ["val/grid"]}]
     return {
         "name": name,

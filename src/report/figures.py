@@ -42,10 +42,13 @@ def draw_stacks(found: Sequence[Stack], stem: Path, title: str) -> list[Path]:
 
 def _chart(axes: Any, chart: Chart) -> None:
     axes.set(title=chart.title, xlabel=chart.x, ylabel=chart.y)
+    told = set()  # seeds of one method have one line in the legend
     for s in chart.series:
         colour, marker = COLOURS[s.colour % 7], MARKERS[s.colour % 7]
         xs, ys = [p.x for p in s.points], [p.y for p in s.points]
-        axes.plot(xs, ys, color=colour, marker=marker, linestyle=DASHES[s.colour % 4] if s.line else "", label=s.name)
+        axes.plot(xs, ys, color=colour, marker=marker, linestyle=DASHES[s.colour % 4] if s.line else "",
+                  label=None if s.name in told else s.name)  # fmt: skip
+        told.add(s.name)
         for p in s.points:
             if p.low is not None and p.high is not None:
                 axes.vlines(p.x, p.low, p.high, color=colour, linewidth=1.2)

@@ -46,6 +46,7 @@ def conditions_of(result: Result | EvaluationResult) -> dict[str, Any]:
         return same | {"evaluation_set": result.evaluation_set, "manifest": result.manifest}
     return same | {
         "task_settings": getattr(result, "task_settings", None),
+        "data": getattr(result, "data", None),
         "images_seen": result.images_seen,
         "effective_batch": result.effective_batch,
         "device": result.device,
@@ -143,12 +144,13 @@ def _grouped(rows: Iterable[AnyRow], conditions: Callable[[AnyRow], dict[str, An
 
 
 def _described(found: list[Group], slug: Callable[[dict[str, Any]], str]) -> list[Group]:
-    """Each with a file name of its own, and with what keeps it from the nearest before it."""
+    """Each with a file name and a title of its own, and with what keeps it from the nearest before it."""
     taken: dict[str, int] = {}
     for number, group in enumerate(found):
         name = slug(group.conditions)
         taken[name] = taken.get(name, 0) + 1
         group.slug = name if taken[name] == 1 else f"{name}-{taken[name]}"
+        group.title += "" if taken[name] == 1 else f" ({taken[name]})"
         if earlier := [(differences(group.conditions, other.conditions), other) for other in found[:number]]:
             unlike, nearest = min(earlier, key=lambda pair: len(pair[0]))
             group.apart = f"Not in the table of {nearest.title}: {'; '.join(unlike)}."

@@ -14,10 +14,11 @@ from src.report.charts import Chart, Stack, curve_charts, predicted_chart, score
 from src.report.costs import cost_conditions_said, memory_table, predicted_table, time_table
 from src.report.grids import Sheet, sheets
 from src.report.groups import Group
+from src.report.pairs import paired_tables
 from src.report.rows import CostRow, Found, Row
 from src.report.seeds import seed_table
 from src.report.svg import chart_svg, legend, stack_svg
-from src.report.tables import Table, commit, paired_table, score_conditions, score_table
+from src.report.tables import Table, commit, score_conditions, score_table
 
 TEMPLATES = Path(__file__).parent / "templates"
 WIDE, NARROW = 620, 340  # pixels of a chart, for a desk and for a telephone
@@ -39,8 +40,8 @@ def page(found: Found, trained: Sequence[Group[Row]], evaluated: Sequence[Group[
         says=[*filter(None, abstract.compared(found, trained, evaluated, costs))],
         limits=abstract.limits(found, trained, evaluated),
         dates=_dates([*rows, *found.costs]),
-        groups=[_group(group, found.costs, "s") for group in trained],
-        evaluations=[_group(group, found.costs, "e") for group in evaluated],
+        groups=[_group(group, found, "s") for group in trained],
+        evaluations=[_group(group, found, "e") for group in evaluated],
         costs=[_cost_group(group) for group in costs],
         predicted=_table(predicted) if predicted else None,
         predicted_charts=[_chart(chart)] if chart else [],
@@ -50,15 +51,16 @@ def page(found: Found, trained: Sequence[Group[Row]], evaluated: Sequence[Group[
     )
 
 
-def _group(group: Group[Row], costs: Iterable[CostRow], kind: str) -> dict[str, Any]:
-    extra = [table for table in (seed_table(group.rows), paired_table(group.rows)) if table]
+def _group(group: Group[Row], found: Found, kind: str) -> dict[str, Any]:
+    extra = [table for table in (seed_table(group.rows), *paired_tables(group.rows, found.compared)) if table]
+    charts = (*score_charts(group, found.costs, found.trained), *curve_charts(group, found.costs))
     return {
         "id": f"{kind}-{group.slug}",
         "title": group.title,
         "conditions": score_conditions(group.conditions),
         "apart": group.apart,
         "tables": [_table(table) for table in (score_table(group), *extra)],
-        "charts": [_chart(chart) for chart in (*score_charts(group, list(costs)), *curve_charts(group))],
+        "charts": [_chart(chart) for chart in charts],
         "sheets": [_sheet(sheet) for sheet in sheets(group.rows)],
     }
 
@@ -75,7 +77,7 @@ def _cost_group(group: Group[CostRow]) -> dict[str, Any]:
 
 
 def _table(table: Table) -> dict[str, Any]:
-    return {"about": table.about, "columns": table.columns, "numbers": table.numbers, "rows": table.rows}
+    return {"about": table.about, "fold": table.fold, "columns": table.columns, "numbers": table.numbers, "rows": table.rows}
 
 
 def _chart(chart: Chart) -> dict[str, Any]:
@@ -87,7 +89,7 @@ def _chart(chart: Chart) -> dict[str, Any]:
 
 
 def _once(chart: Chart) -> list[tuple[str, int]]:
-    return [(s.name, s.colour) for s in chart.series if s.points]
+    return list(dict.fromkeys((s.name, s.colour) for s in chart.series if s.points))
 
 
 def _stack(stack: Stack) -> dict[str, Any]:

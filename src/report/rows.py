@@ -3,13 +3,15 @@
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from omegaconf import OmegaConf
 
 from src.results import CostResult, Result, ResultError, kind_of, read_cost, read_results
+from src.results.design import data_of, design_of, noise_seed_of
 from src.results.evaluation import EvaluationResult, read_evaluation
 from src.types import UserError
 
@@ -31,6 +33,14 @@ class Row:
     def main_metric(self) -> str:
         """The task's control score: the first metric that was written."""
         return next(iter(self.result.metrics))
+
+    @property
+    def noise_seed(self) -> int | None:
+        """The seed of the noise that it was scored with: of a training that does not say, its own."""
+        r = self.result
+        if isinstance(r, EvaluationResult):
+            return r.flags.get("noise_seed")
+        return r.seed if r.noise_seed is None else r.noise_seed
 
     @property
     def label(self) -> str:
@@ -63,11 +73,12 @@ class CostRow:
 
 @dataclass(frozen=True)
 class Found:
-    """Everything below the folders that were asked for."""
+    """Everything below the folders that were asked for. compared: what `src.evaluate` wrote of pairs of evaluations."""
 
     trained: list[Row]
     evaluated: list[Row]
     costs: list[CostRow]
+    compared: list[dict[str, Any]] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.trained) + len(self.evaluated) + len(self.costs)
@@ -78,8 +89,9 @@ def read_all(paths: Iterable[str | Path]) -> Found:
 
     Raises UserError for a folder that holds none, ResultError for a file that cannot be trusted.
     """
-    trained, evaluated, costs, taken = {}, {}, {}, Counter()
+    trained, evaluated, costs, taken, compared = {}, {}, {}, Counter(), []
     for path in map(Path, paths):
+        compared += [_read_json(file) for file in sorted(path.rglob("comparison.json"))]
         for file in _files(path):
             place = _place(file, path)
             taken[place] += 1
@@ -94,7 +106,9 @@ def read_all(paths: Iterable[str | Path]) -> Found:
                     costs.setdefault(json.dumps(asdict(cost.result), sort_keys=True), cost)
                 case other:
                     raise ResultError(f"{file}: kind is {other!r}, wanted train, evaluation or cost")
-    return Found(list(trained.values()), list(evaluated.values()), list(costs.values()))
+    designs = {row.result.config_sha: row.result.design for row in trained.values()}
+    known = [_of_training(row, designs) for row in evaluated.values()]
+    return Found(list(trained.values()), known, list(costs.values()), compared)
 
 
 def read_rows(paths: Iterable[str | Path]) -> list[Row]:
@@ -132,11 +146,27 @@ def _wealth(row: Row) -> int:
 
 def _row(file: Path, place: str, read: Callable[[Path], Any]) -> Row:
     outcome = file.with_name("outcome.json")
-    kept = {}
-    if outcome.is_file():
-        try:
-            kept = json.loads(outcome.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ResultError(f"{outcome} is not JSON ({error}); it was cut off or edited: delete it or run again") from None
+    kept = _read_json(outcome) if outcome.is_file() else {}
     scores = {name: np.array(values) for name, values in kept.get("scores", {}).items()} or None
-    return Row(read(file), file.parent, scores, tuple(kept.get("ids", ())), place)
+    return Row(_completed(read(file), file.with_name("config.yaml")), file.parent, scores, tuple(kept.get("ids", ())), place)
+
+
+def _completed(result: Any, config: Path) -> Any:
+    """The result with what it does not say itself, being older than the fields, from the configuration beside it."""
+    if not isinstance(result, Result) or result.design is not None or not config.is_file():
+        return result
+    cfg = OmegaConf.to_container(OmegaConf.load(config), resolve=True)
+    return replace(result, design=design_of(cfg), data=data_of(cfg), noise_seed=noise_seed_of(cfg))
+
+
+def _of_training(row: Row, designs: dict[str, Any]) -> Row:
+    """An evaluation from before it had its subject's design, with that of the training beside it, if it is there."""
+    found = designs.get(row.result.config_sha)
+    return row if row.result.design is not None or found is None else replace(row, result=replace(row.result, design=found))
+
+
+def _read_json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ResultError(f"{file} is not JSON ({error}); it was cut off or edited: delete it or run again") from None

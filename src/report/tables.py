@@ -6,14 +6,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from src.metrics.intervals import paired_metric
 from src.report.groups import Group, said
+from src.report.names import differing
+from src.report.names import said as typed
 from src.report.rows import CostRow, Row
 
 CSV_FIELDS = (
     "experiment", "adapter", "backbone", "backbone_hash", "task", "seed", "resolution", "images_seen", "effective_batch",
     "trainable_m", "train_seconds", "img_per_s", "peak_mem_gib", "device", "precision",
     "metric", "value", "low", "high", "n", "unit", "better", "git_sha", "git_dirty", "date", "command", "kind",
+    "small_n", "method", "learning_rate", "recipe", "caption_dropout", "noise_seed", "subject", "manifest", "config_sha",
 )  # fmt: skip
 TWICE = "steps_to_control"  # says the same as images_to_control
 ARROWS = {"higher": " \u2191", "lower": " \u2193", None: ""}
@@ -23,6 +25,7 @@ ARMS = {
     "no_condition": "minus that of none",
     "no_control_arm": "minus the no-control arm",
 }
+TRAINED = {"learning_rate": "learning rate", "recipe": "recipe", "caption_dropout": "caption dropout"}
 EXTRA = {"images_seen": ("images seen", "{:,}"), "train_seconds": ("train s", "{:.0f}"), "img_per_s": ("images/s", "{:.1f}")}
 
 
@@ -41,12 +44,13 @@ class Cell:
 
 @dataclass
 class Table:
-    """columns: titles; rows: cells as many, the first of each a name. about: one sentence above it. A column without a text
-    is left out; numbers: columns that hold any."""
+    """columns: titles; rows: cells as many, the first of each a name. about: one sentence above it; fold: what stands in its
+    place on the page until it is opened. A column without a text is left out; numbers: columns that hold any."""
 
     columns: list[str]
     rows: list[list[Cell]]
     about: str = ""
+    fold: str = ""
     numbers: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -56,15 +60,16 @@ class Table:
 
 
 def score_table(group: Group[Row]) -> Table:
-    """A row per run: its size, its control score with what it gains over other conditions, other scores, its time."""
+    """A row per run: its size, its control score with what it gains over other conditions, other scores, its time; and its
+    learning rate, recipe and caption dropout where these are not one for all."""
     rows, main = group.rows, group.rows[0].main_metric
     gains = {f"{main}/gain_over_{arm}": words for arm, words in ARMS.items()}
     gains = {name: words for name, words in gains.items() if any(name in row.result.metrics for row in rows)}
-    others = [
-        n for n in dict.fromkeys(n for row in rows for n in row.result.metrics) if "/" not in n and n not in (main, TWICE)
-    ]
+    others = [name for name in bare(rows) if name != main]
+    apart = differing([row.result.design or {} for row in rows])
+    trained = {name: title for name, title in TRAINED.items() if name in apart}
     better = rows[0].result.metrics[main]["better"]
-    titles = ["adapter", "seed", "trained, M", main + ARROWS[better], *gains.values()]
+    titles = ["adapter", "seed", *trained.values(), "trained, M", main + ARROWS[better], *gains.values()]
     titles += [
         name + ARROWS[next(r.result.metrics[name]["better"] for r in rows if name in r.result.metrics)] for name in others
     ]
@@ -77,17 +82,22 @@ def score_table(group: Group[Row]) -> Table:
         cells = [
             Cell(row.name or r.adapter),
             _plain(r.seed, "{}", of, "seed"),
+            *(_trained((r.design or {}).get(name), of, title) for name, title in trained.items()),
             _plain(r.trainable_m, "{:.2f}", of, "trained, M"),
         ]
-        cells += [metric_cell(row, name, with_interval=True) for name in (main, *gains)]
-        cells += [metric_cell(row, name) for name in others]
+        cells += [metric_cell(row, name) for name in (main, *gains, *others)]
         cells += [_plain(getattr(r, name), form, of, title) for name, (title, form) in extra.items()]
         table.append(cells)
     return Table([*titles, *(title for title, _ in extra.values())], table)
 
 
-def metric_cell(row: Row, name: str, with_interval: bool = False) -> Cell:
-    """One number of one run; empty where the run has none of that name."""
+def bare(rows: Iterable[Row]) -> list[str]:
+    """Names of all metrics of the right condition, without arms and gains, in the order in which they were written."""
+    return [n for n in dict.fromkeys(n for row in rows for n in row.result.metrics) if "/" not in n and n != TWICE]
+
+
+def metric_cell(row: Row, name: str) -> Cell:
+    """One number of one run with its interval; empty where the run has none of that name."""
     m = row.result.metrics.get(name)
     if m is None:
         return Cell("")
@@ -95,39 +105,9 @@ def metric_cell(row: Row, name: str, with_interval: bool = False) -> Cell:
     interval = tuple(m["ci95"]) if m["ci95"] else None
     if m.get("small_n"):
         text += " (small n)"
-    if with_interval and interval:
+    if interval:
         text += f" [{number(interval[0])}, {number(interval[1])}]"
     return Cell(text, m["value"], (row.place,), name, m["n"], interval, m["unit"])
-
-
-def paired_table(rows: Sequence[Row]) -> Table | None:
-    """Differences of the control score between every two runs over the same images, with their intervals; None where the
-    runs kept no scores per image, or not of the same images."""
-    kept = [row for row in rows if row.scores is not None and row.main_metric in row.scores]
-    if len(kept) < 2 or any(row.ids != kept[0].ids for row in kept):
-        return None
-    metric, table = kept[0].main_metric, []
-    for i, row in enumerate(kept[1:], 1):
-        cells = [_difference(row, other, metric) for other in kept[:i]]
-        table.append([Cell(row.label), *cells, *[Cell("")] * (len(kept) - 1 - i)])
-    about = f"Paired over the same {len(kept[0].ids)} images, 95 % intervals; one that holds 0 decides nothing."
-    return Table([f"{metric}: row minus column", *(row.label for row in kept[:-1])], table, about)
-
-
-def difference(row: Row, other: Row) -> tuple[float, tuple[float, float]]:
-    """The control score of a run minus another's over the same images, and its 95 % interval."""
-    name = row.main_metric
-    gap = paired_metric(
-        row.scores[name], other.scores[name], row.result.metrics[name]["unit"], row.result.metrics[name]["better"]
-    )
-    return gap["value"], tuple(gap["ci95"] or (gap["value"], gap["value"]))
-
-
-def _difference(row: Row, other: Row, metric: str) -> Cell:
-    value, (low, high) = difference(row, other)
-    text = f"{signed(value)} [{signed(low)}, {signed(high)}]"
-    unit = row.result.metrics[metric]["unit"]
-    return Cell(text, value, (row.place, other.place), f"{metric}, paired difference", len(row.ids), (low, high), unit)
 
 
 def markdown_table(table: Table) -> str:
@@ -147,6 +127,7 @@ def score_conditions(c: dict[str, Any]) -> str:
     ]
     settings = c.get("task_settings")
     parts += [f"Task: {said(settings)}."] if settings else []
+    parts += [f"Data: {said(c['data'])}."] if c.get("data") else []
     if "manifest" in c:
         parts.append(f"Set {c['evaluation_set']['name']}, manifest {c['manifest'][:16]}.")
     return " ".join([*parts, f"Backbone hash {c['backbone_hash']}."])
@@ -165,10 +146,12 @@ def csv_text(rows: Iterable[Row]) -> str:
     for row in rows:
         r = row.result
         same = {name: getattr(r, name) for name in CSV_FIELDS if hasattr(r, name)} | {"kind": r.kind}
-        same |= {"backbone": r.backbone["id"], "backbone_hash": r.backbone["hash"]}
+        same |= {"backbone": r.backbone["id"], "backbone_hash": r.backbone["hash"], "noise_seed": row.noise_seed}
+        same |= {"method": row.name or r.adapter, **{name: (r.design or {}).get(name) for name in TRAINED}}
         for name, m in r.metrics.items():
             low, high = m["ci95"] or (None, None)
-            own = {"metric": name, "low": low, "high": high, **{k: m[k] for k in ("value", "n", "unit", "better")}}
+            own = {"metric": name, "low": low, "high": high, "small_n": m.get("small_n")}
+            own |= {k: m[k] for k in ("value", "n", "unit", "better")}
             writer.writerow(same | own)
     return out.getvalue()
 
@@ -182,6 +165,12 @@ def number(value: float) -> str:
 def signed(value: float) -> str:
     """A difference."""
     return ("+" if value >= 0 else "") + number(value)
+
+
+def _trained(value: Any, of: tuple[str, ...], title: str) -> Cell:
+    """A learning rate or a dropout, to sort by; a recipe by its name; empty where it is not known."""
+    number_of = value if isinstance(value, int | float) else None
+    return Cell("") if value is None else Cell(typed(value), number_of, of, title)
 
 
 def _plain(value: float | None, form: str, runs: tuple[str, ...], metric: str) -> Cell:

@@ -1,7 +1,8 @@
 """All files of a report."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from src.report import abstract
 from src.report.charts import curve_charts, predicted_chart, score_charts, speed_stack, stacks
@@ -11,9 +12,10 @@ from src.report.grids import sheets
 from src.report.groups import Group, cost_groups, groups, refuse_unlike
 from src.report.names import named
 from src.report.page import page
+from src.report.pairs import paired_tables
 from src.report.rows import CostRow, Found, Row, read_all
 from src.report.seeds import seed_table
-from src.report.tables import commit, csv_text, markdown_table, paired_table, score_conditions, score_table
+from src.report.tables import commit, csv_text, markdown_table, score_conditions, score_table
 from src.results import write_atomic
 
 
@@ -27,7 +29,8 @@ def write_report(paths: Iterable[str | Path], out: Path, one_table: bool = False
     if one_table:
         for kind in (trained, evaluated, costs):
             refuse_unlike(kind)
-    found = Found([r for g in trained for r in g.rows], [r for g in evaluated for r in g.rows], found.costs)
+    rows = ([r for g in kind for r in g.rows] for kind in (trained, evaluated))
+    found = Found(*rows, found.costs, found.compared)
     out.mkdir(parents=True, exist_ok=True)
     text = markdown(found, trained, evaluated, costs)
     files = [_text(out / "report.html", page(found, trained, evaluated, costs)), _text(out / "table.md", text)]
@@ -37,7 +40,7 @@ def write_report(paths: Iterable[str | Path], out: Path, one_table: bool = False
         files.append(_text(out / "cost.csv", cost_csv(found.costs)))
     for kind, several in (("", trained), ("evaluation-", evaluated)):
         for group in several:
-            files += _figures(group, found.costs, out, kind)
+            files += _figures(group, found, out, kind)
     for group in costs:
         files += draw_stacks(stacks(group), out / f"cost-{group.slug}", group.title)
     predicted, speed = predicted_chart(found.costs), speed_stack(found.costs)
@@ -55,16 +58,16 @@ def markdown(
     parts = [*filter(None, abstract.compared(found, trained, evaluated, costs))]
     limits = abstract.limits(found, trained, evaluated)
     parts += ["What cannot be concluded:\n\n" + "\n".join(f"- {line}" for line in limits)] if limits else []
-    parts += [part for group in (*trained, *evaluated) for part in score_section(group)]
+    parts += [part for group in (*trained, *evaluated) for part in score_section(group, found.compared)]
     parts += [part for group in costs for part in _cost_section(group)]
     if predicted := predicted_table(found.costs):
         parts += ["## predicted against measured", markdown_table(predicted)]
     return "\n\n".join(parts) + "\n"
 
 
-def score_section(group: Group[Row]) -> list[str]:
+def score_section(group: Group[Row], compared: Sequence[Mapping[str, Any]] = ()) -> list[str]:
     """Heading, conditions, the table, what seeds and pairs say, and the commands."""
-    tables = [score_table(group), seed_table(group.rows), paired_table(group.rows)]
+    tables = [score_table(group), seed_table(group.rows), *paired_tables(group.rows, compared)]
     parts = [f"## {group.title}", score_conditions(group.conditions), *([group.apart] if group.apart else [])]
     return [*parts, *(markdown_table(table) for table in tables if table), _commands(group.rows)]
 
@@ -78,9 +81,9 @@ def _commands(rows: Sequence[Row | CostRow]) -> str:
     return "\n".join(f"- {row.label}: `{row.result.command}` at {commit(row)}" for row in rows)
 
 
-def _figures(group: Group[Row], costs: Sequence[CostRow], out: Path, kind: str) -> list[Path]:
-    files = draw_charts(score_charts(group, costs), out / f"score-{kind}{group.slug}")
-    files += draw_charts(curve_charts(group), out / f"curves-{kind}{group.slug}")
+def _figures(group: Group[Row], found: Found, out: Path, kind: str) -> list[Path]:
+    files = draw_charts(score_charts(group, found.costs, found.trained), out / f"score-{kind}{group.slug}")
+    files += draw_charts(curve_charts(group, found.costs), out / f"curves-{kind}{group.slug}")
     for number, sheet in enumerate(sheets(group.rows), 1):
         files.append(sheet.save(out / f"grid-{kind}{group.slug}{'' if number == 1 else f'-{number}'}.png"))
     return files

@@ -16,8 +16,9 @@ class EvaluationResult:
 
     manifest: hash of everything that two evaluations must share to be compared (`conditions` of manifest.json beside it);
     evaluation_set: {name, hash, n}; subject: what was evaluated, without places on the machine; adapter_hash: sha256 of its
-    weights. seed, images_seen, config_sha: of the training, None for an adapter of diffusers, which does not tell.
+    weights. seed, images_seen, config_sha, design: of the training, None for an adapter of diffusers, which does not tell.
     metrics: as in `Result`, and small_n: true in distances of sets with fewer than 2,048 pictures.
+    crosscheck: the FID of other packages on the same features (`metrics.crosscheck`), or None where it was not taken.
     draw_seconds, img_per_s: of the pictures that this process drew; None where all were there already.
     """
 
@@ -44,6 +45,8 @@ class EvaluationResult:
     date: str
     command: str
     git_dirty: bool | None = None
+    design: dict[str, Any] | None = None
+    crosscheck: dict[str, Any] | None = None
     kind: str = "evaluation"
     schema_version: int = SCHEMA_VERSION
 
@@ -78,6 +81,8 @@ def check_evaluation(raw: Mapping[str, Any]) -> EvaluationResult:
     for name, value in mapping("versions", found.versions, empty=False).items():
         text(f"versions.{name}", value)
     all_finite("flags", mapping("flags", found.flags, empty=False))
+    for name in ("design", "crosscheck"):
+        all_finite(name, mapping(name, getattr(found, name) or {}))
     truth("git_dirty", found.git_dirty, unknown=True)
     date("date", found.date)
     for name, entry in mapping("metrics", found.metrics, empty=False).items():

@@ -17,7 +17,9 @@ class Result:
     speed or memory without changing the method (checkpointing, compile, micro_batch, ...), never empty.
     metrics: name -> {value, n, unit, better: "higher" | "lower" | None, ci95: [low, high] | None}.
     frozen_dead_m: of the adapter, frozen since nothing reads what it computes, in no other count; None in older results.
-    task_settings: how the task makes conditions and scores; None in results older than the field.
+    task_settings: how the task makes conditions and scores. design: dotted key -> value of the adapter's options, the recipe,
+    the learning rate and the rest of how it was trained (see `design`); data: name and settings of what was trained on;
+    noise_seed: of the noise that held-out images are drawn from. These four are None in results older than the field.
     step_time_ms, img_per_s, peak_mem_gib: None where not measured. arms: control arm -> metrics of that arm, or None.
     git_sha: "unknown" outside a checkout; git_dirty: None when not known. command: as typed, without absolute paths.
     """
@@ -47,6 +49,9 @@ class Result:
     date: str
     command: str
     task_settings: dict[str, Any] | None = None
+    design: dict[str, Any] | None = None
+    data: dict[str, Any] | None = None
+    noise_seed: int | None = None
     arms: dict[str, dict[str, dict[str, Any]]] | None = None
     git_dirty: bool | None = None
     frozen_dead_m: float | None = None
@@ -83,7 +88,10 @@ def check_result(raw: Mapping[str, Any]) -> Result:
     for name, value in mapping("versions", result.versions, empty=False).items():
         text(f"versions.{name}", value)
     all_finite("flags", mapping("flags", result.flags, empty=False))
-    all_finite("task_settings", mapping("task_settings", result.task_settings or {}))
+    for name in ("task_settings", "design", "data"):
+        all_finite(name, mapping(name, getattr(result, name) or {}))
+    if result.noise_seed is not None:
+        number("noise_seed", result.noise_seed, 0, whole=True)
     truth("git_dirty", result.git_dirty, unknown=True)
     date("date", result.date)
     check_metrics("metrics", result.metrics)

@@ -102,7 +102,8 @@ class Sweep:
     def start(self, cell: Cell, gpus: Sequence[str] = (), inherit: Sequence[int] = ()) -> CellProcess | None:
         """A fresh process for a cell, which sees the given GPUs, or those of this process. None, and a row, without one."""
         log = self.folder.new_log(cell.number)
-        env = {**os.environ, **({"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {})}
+        group = {"WANDB_RUN_GROUP": self.folder.path.name}  # of cells whose logger.group is null
+        env = {**group, **os.environ, **({"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {})}
         words = [*self.prefix, *cell.overrides, *self._hydra_words(), *self.flags]
         try:
             process = CellProcess(words, log, env, self.timeout_s, self.grace_s, inherit)
