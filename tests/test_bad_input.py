@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from src.data import picture
-from src.data.captions import caption_of, decode_text, longest, settle
+from src.data.captions import caption_of, decode_text, settle
 from src.data.folder import FolderSource
 from src.data.pairs import walk
 from src.data.picture import header, read_rgb
@@ -366,7 +366,6 @@ def test_captions_stay_whole_and_in_their_alphabet(tmp_path):
     assert read[:5] == list(CAPTIONS[:5])
     assert read[5] == "caf\u00e9 noir"  # NFC
     assert read[6] == LONG
-    assert longest(source.describe(i) for i in range(len(source))) == ("6.png", 500)
     assert caption_of(CAPTIONS[7], "a", 0) == "crlf\nand more"
 
 

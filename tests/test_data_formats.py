@@ -24,6 +24,7 @@ from src.data.shard_index import braces, scan
 from src.data.shards import ShardSource
 from src.data.signals import MIRRORED, read_joints, read_map
 from src.data.source import BadSample
+from src.tasks.degradations import resized
 from src.types import UserError
 from tests.bad_files import (
     CAPTIONS,
@@ -541,10 +542,12 @@ def test_image_and_signals_move_together(boards, resolution, crop, flip, buckets
         sample = source[i]
         gray = sample.image[..., 0].astype(float)
         assert sample.image.shape[:2] == source.size_of(i)
-        for name, values in (
-            ("depth", sample.signals["depth"] / 100),
-            ("canny", sample.signals["canny"].astype(float)),
-            ("low_resolution", sample.signals["low_resolution"][..., 0].astype(float)),
+        small = sample.signals["low_resolution"]
+        same = resized(sample.image, small.shape[:2], "area")  # it keeps its scale, so it is compared at that
+        for name, values, gray in (
+            ("depth", sample.signals["depth"] / 100, gray),
+            ("canny", sample.signals["canny"].astype(float), gray),
+            ("low_resolution", small[..., 0].astype(float), same[..., 0].astype(float)),
         ):
             assert values.shape == gray.shape, name
             # a shift by one cell would turn the board over: what differs are the borders between its cells
