@@ -544,16 +544,16 @@ def test_image_and_signals_move_together(boards, resolution, crop, flip, buckets
         assert sample.image.shape[:2] == source.size_of(i)
         small = sample.signals["low_resolution"]
         same = resized(sample.image, small.shape[:2], "area")  # it keeps its scale, so it is compared at that
-        for name, values, gray in (
+        for name, values, wanted in (
             ("depth", sample.signals["depth"] / 100, gray),
             ("canny", sample.signals["canny"].astype(float), gray),
             ("low_resolution", small[..., 0].astype(float), same[..., 0].astype(float)),
         ):
-            assert values.shape == gray.shape, name
+            assert values.shape == wanted.shape, name
             # a shift by one cell would turn the board over: what differs are the borders between its cells
-            assert (np.abs(values - gray) > 60).mean() < 0.3, (i, name)
-            if gray.std() > 40:
-                assert np.corrcoef(values.ravel(), gray.ravel())[0, 1] > 0.85, (i, name)
+            assert (np.abs(values - wanted) > 60).mean() < 0.3, (i, name)
+            if wanted.std() > 40:
+                assert np.corrcoef(values.ravel(), wanted.ravel())[0, 1] > 0.85, (i, name)
         if flip and i % 2:
             twin = source[i - 1]
             assert sample.id == f"{twin.id}~flip"

@@ -208,9 +208,8 @@ def _kind(bad: BadSample, else_: str) -> str:
 
 
 def _of_whole(fault: UserError) -> Finding:
-    what, _, fix = str(fault).rpartition("; ")
-    where, _, reason = what.partition(": ")
-    return Finding("data set", "both", where, reason, fix)
+    reason, _, fix = str(fault).rpartition("; ")
+    return Finding("data set", "both", "all of it", reason, fix)
 
 
 def _flipped(conditions: Mapping[str, list[tuple[float, float]]], example: str, split: str, depth_is: str) -> Iterator[Finding]:

@@ -49,8 +49,8 @@ class Frame:
     def apply_small(self, values: np.ndarray) -> np.ndarray:
         """(h, w, 3) uint8, a smaller picture of the same -> what it shows of the frame, at its own scale.
 
-        Pixels are taken over as they are where the frame's edges are edges of theirs; else they are interpolated (Pillow's
-        bicubic filter, exact to fractions of a pixel). Where the image shrinks, this one shrinks as much (Pillow's area filter).
+        Pixels are taken over as they are where the frame's edges are edges of theirs, else interpolated (Pillow's bicubic
+        filter, exact to fractions of a pixel). Where the image shrinks, this one shrinks as much (Pillow's area filter).
         """
         shrinks = min(1.0, self.scaled[0] / self.original[0])
         per_px = [have / whole for have, whole in zip(values.shape[:2], self.scaled, strict=True)]  # its pixels per frame pixel
