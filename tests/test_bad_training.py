@@ -255,6 +255,13 @@ def test_fewer_images_than_a_step_takes_is_told(tmp_path, capsys):
     assert "fewer than" not in capsys.readouterr().out
 
 
+def test_numbers_that_do_not_fit_are_refused(tmp_path):
+    """Rows 13 and 18."""
+    small(tmp_path)
+    assert "final_images=3 is more than the 2 held-out images" in refused(tmp_path, "validation.final_images=3")
+    assert re.search(r"resolution=60 is not a multiple of \d+ .*: use \d+ or 64", refused(tmp_path, "resolution=60"))
+
+
 def test_twelve_bits_in_sixteen_are_named(tmp_path):
     """Row 9: the high byte of a camera's raw values is nearly black."""
     images = small(tmp_path) / "images"
