@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from src.config import ConfigError, cli, resolve_hardware
 from src.config.messages import nearest
 from src.construct import construct
+from src.data.source import faults_kept
 from src.data.tolerant import tolerant
 from src.types import UserError
 
@@ -82,14 +83,16 @@ def say(line: str) -> None:
 def check(cfg: DictConfig) -> None:
     """What is wrong with a data set: lines, and report.json in a run folder. Exit code 1 where there are problems.
 
-    Samples that a training would refuse or replace are counted here, whatever the configuration says of them.
+    Samples that a training would refuse or replace are counted here, whatever the configuration says of them, and so is what
+    would make it refuse the whole: files that belong to none or to several others, and too few images to hold some out.
     """
     from src.data.check import check_sources
     from src.data.check_words import lines
 
     began = time.perf_counter()
     data = OmegaConf.merge(cfg.data, {key: value for key, value in COUNTED.items() if key in cfg.data})
-    sources = {split: construct(data, split=split, resolution=cfg.resolution) for split in ("train", "val")}
+    with faults_kept() as faults:
+        sources = {split: construct(data, split=split, resolution=cfg.resolution) for split in ("train", "val")}
     report = check_sources(
         sources,
         sample=None if cfg.full else cfg.sample,
@@ -97,6 +100,7 @@ def check(cfg: DictConfig) -> None:
         workers=cfg.workers,
         tokenizer=cfg.tokenizer,
         depth_is=cfg.depth_is,
+        faults=faults,
     )
     report["seconds"] = round(time.perf_counter() - began, 2)
     report["data"] = OmegaConf.to_container(cfg.data, resolve=True)
@@ -186,12 +190,20 @@ def _leave(verb: str, cfg: DictConfig, name: str, content: dict[str, Any], lines
 
     folder = new_run(cfg).folder
     sha, dirty = git_state(Path(__file__).parent)
-    processor = {"cores": os.cpu_count(), "processor": _processor()}
+    processor = {"cores": os.cpu_count(), "processor": _processor(), "device": _device()}
     command = command_line().replace("src.prepare", f"src.prepare {verb}", 1)  # `main` has taken the verb out of sys.argv
     told = {"command": command, "git_sha": sha, "git_dirty": dirty, "machine": processor, "versions": environment()}
     write_atomic(folder / name, (json.dumps({**content, **told}, indent=1) + "\n").encode())
     for line in [*lines, f"numbers: {folder}/{name}", f"run: {folder}"]:
         say(line)
+
+
+def _device() -> str:
+    """What computed: a GPU where this process has used one, else the processor."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        return torch.cuda.get_device_name()
+    return f"cpu: {_processor()}"
 
 
 def _processor() -> str:

@@ -3,6 +3,7 @@
 Cheap things come first: by the time a weight is read, everything that can be refused has been.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,13 +70,46 @@ def plan(cfg: DictConfig, beside: Plan | None = None) -> Plan:
     for note in task.notes:
         _say(note)
     if beside:
+        check_seen(task, beside.train_source)
         return Plan(backbone, task, beside.train_source, beside.val_source)
     train, val = (construct(cfg.data, split=split, resolution=cfg.resolution) for split in ("train", "val"))
     for side in {side for row in range(len(train)) for side in train.size_of(row)} - {cfg.resolution}:
         backbone.check_resolution(side, "a side of data.buckets")
     if len(val) < cfg.validation.final_images:
         raise UserError(f"validation.final_images={cfg.validation.final_images}, but data.val_images gives {len(val)}")
+    check_seen(task, train)
+    if line := repeats(train, cfg.budget.effective_batch):
+        _say(line)
     return Plan(backbone, task, train, val)
+
+
+def check_seen(task: Task, source: Source) -> None:
+    """Refuse photos for a detector that knows rendered scenes alone. Maps of their own make conditions without it, and then
+    the scores are worth a line. Raises UserError."""
+    if not task.sees_scenes_only or source.are_scenes:
+        return
+    name = "a depth model" if task.signal == "depth" else "a keypoint model"
+    fault = f"task.detector=scene_probe knows the project's rendered scenes and no photos, and data={source.name} are photos"
+    fix = f"write task.detector=<hub id or folder of {name}>"
+    if task.signal not in source.signals:
+        raise UserError(
+            f"{fault}: {fix}, or give the maps as data.signals={{{task.signal}: <folder>}}; data.are_scenes=true where they "
+            "are scenes that were written out"
+        )
+    _say(f"{fault}: conditions are those of the data, and the scores {' and '.join(task.metrics)} mean nothing; {fix}")
+
+
+def repeats(source: Source, batch: int) -> str:
+    """A line where a size has fewer training images than a step takes; empty where none has."""
+    sizes = Counter(source.size_of(row) for row in range(len(source)))
+    (height, width), fewest = min(sizes.items(), key=lambda pair: pair[1])
+    if fewest >= batch:
+        return ""
+    which = f"of the size {width} x {height}" if len(sizes) > 1 else f"of data={source.name}"
+    return (
+        f"{fewest} training images {which} are fewer than budget.effective_batch={batch}: none is left out, and a step holds "
+        f"some of them more than once; write budget.effective_batch={fewest} or less, or give more images"
+    )
 
 
 def load_world(cfg: DictConfig, made: Plan) -> World:
@@ -88,7 +122,7 @@ def load_worlds(cfgs: Sequence[DictConfig], plans: Sequence[Plan]) -> list[World
     cfg, backbone, device = cfgs[0], plans[0].backbone, device_of(cfgs[0])
     backbone.load(device, backbone_dtype(cfg))
     codec = backbone.load_codec(device)
-    plans[0].train_source, plans[0].val_source = watched(cfg, plans[0])
+    plans[0].train_source, plans[0].val_source = watched(cfg, plans[0], [made.task for made in plans])
     stores: dict[str, list[Stores]] = {}
     for one, made in zip(cfgs, plans, strict=True):
         if conditions_key(one) not in stores:
@@ -128,13 +162,14 @@ def held_out(cfg: DictConfig, made: Plan, stores: Stores, codec: Codec) -> HeldO
 
 def cached(cfg: DictConfig, made: Plan, codec: Codec) -> list[Stores]:
     """The caches of both splits, filled. Bad samples are replaced in `made`'s sources first, where the data says so."""
-    made.train_source, made.val_source = watched(cfg, made)
+    made.train_source, made.val_source = watched(cfg, made, [made.task])
     return filled(cfg, made, codec)
 
 
-def watched(cfg: DictConfig, made: Plan) -> list[Source]:
-    """Both sources, with bad samples replaced where the data says so."""
-    return [tolerant(s, Path(cfg.cache_dir), cfg.hardware.workers, _say) for s in (made.train_source, made.val_source)]
+def watched(cfg: DictConfig, made: Plan, tasks: Sequence[Task]) -> list[Source]:
+    """Both sources, with bad samples replaced where the data says so. tasks: all that will make conditions of them."""
+    folder, workers = Path(cfg.cache_dir), cfg.hardware.workers
+    return [tolerant(s, folder, workers, _say, tasks) for s in (made.train_source, made.val_source)]
 
 
 def filled(cfg: DictConfig, made: Plan, codec: Codec) -> list[Stores]:

@@ -13,12 +13,13 @@ import pytest
 from PIL import Image
 
 from src.data import picture
-from src.data.captions import caption_of, decode_text, longest, settle
+from src.data.captions import caption_of, decode_text, settle
 from src.data.folder import FolderSource
 from src.data.pairs import walk
 from src.data.picture import header, read_rgb
 from src.data.source import BadSample
 from src.data.tolerant import tolerant
+from src.tasks.pose import Pose
 from src.types import UserError
 from tests.bad_files import BAD, CAPTIONS, GOOD_FORMS, LONG, ODD, P3, clear, deny, encoded, photo, turned_jpeg, write_cases
 
@@ -366,7 +367,6 @@ def test_captions_stay_whole_and_in_their_alphabet(tmp_path):
     assert read[:5] == list(CAPTIONS[:5])
     assert read[5] == "caf\u00e9 noir"  # NFC
     assert read[6] == LONG
-    assert longest(source.describe(i) for i in range(len(source))) == ("6.png", 500)
     assert caption_of(CAPTIONS[7], "a", 0) == "crlf\nand more"
 
 
@@ -457,6 +457,52 @@ def test_the_whole_tree_of_bad_files_goes_through(tmp_path):
     assert {s["id"] for s in listed} == {c.name for c in BAD}
     assert all(whole[i].image.std() > 1 and whole[i].caption for i in range(len(whole)))  # nothing is silently black
     assert {whole.describe(i)[0] for i in range(len(whole))} >= {c.name for c in ODD if c.name != "wide.png"}
+
+
+def test_a_map_from_which_the_task_makes_nothing_is_a_bad_sample(tmp_path):
+    """One person of OpenPose's 18 joints in a set of COCO's 17: its file is whole, and the skeleton is another."""
+    pictures(tmp_path / "images", 5)
+    (tmp_path / "joints").mkdir()
+    for i in range(5):
+        people = [[[1.0 + j, 2.0 + j, 2.0] for j in range(18 if i == 1 else 17)]]
+        (tmp_path / "joints" / f"{i}.json").write_text(json.dumps({"joints": people}))
+    rules = {"on_bad_sample": "skip", "max_bad_share": 0.5, "signals": {"joints": str(tmp_path / "joints")}}
+    source, pose = folder(tmp_path / "images", **rules), Pose("pose", "scene_probe", "coco17", 0.3)
+    with pytest.raises(UserError, match=r"1\.png: .*18"):
+        pose.condition_of(source[1], 0)
+    assert tolerant(source, tmp_path, say=lambda _: None).replaced == {}  # a task that reads no joints has them all
+    whole = tolerant(source, tmp_path, say=lambda _: None, tasks=[pose])
+    assert whole.replaced == {1: 2}
+    assert all(pose.condition_of(whole[i], 0).shape == (SIZE, SIZE, 3) for i in range(len(whole)))
+
+
+def test_what_the_system_would_not_give_is_asked_for_again(tmp_path, monkeypatch):
+    """An error of a disk or of a network passes; a broken file stays in the list until it is changed."""
+    source = half_bad(tmp_path / "data")
+    reads, failing = [], [6]
+
+    def now_and_then(self, index):
+        reads.append(index)
+        if index in failing:
+            try:
+                raise OSError(errno.EIO, "Input/output error")
+            except OSError as error:
+                raise BadSample(f"{index}", "cannot be read now", "look at the disk") from error
+        return original(self, index)
+
+    original = FolderSource.__getitem__
+    monkeypatch.setattr(FolderSource, "__getitem__", now_and_then)
+    assert tolerant(source, tmp_path, say=lambda _: None).replaced == {2: 3, 4: 7, 5: 7, 6: 7}
+    reads.clear()
+    assert tolerant(source, tmp_path, say=lambda _: None).replaced == {2: 3, 4: 7, 5: 7, 6: 7}
+    assert reads == [6]
+    failing.clear()
+    said = []
+    assert tolerant(source, tmp_path, say=said.append).replaced == {2: 3, 4: 6, 5: 6}
+    assert said[0] == "1 of 4 bad samples of folder can be read now"
+    reads.clear()
+    assert tolerant(source, tmp_path, say=said.append).replaced == {2: 3, 4: 6, 5: 6}
+    assert reads == []
 
 
 def test_the_last_bad_sample_is_replaced_by_the_first_good_one(tmp_path):

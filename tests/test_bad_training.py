@@ -1,21 +1,36 @@
-"""A folder full of bad files through the verbs: counted by `check`, refused by a training, or replaced and listed."""
+"""Files, captions and folders as people have them through the verbs: every good format is checked and trained on; bad ones are
+counted by `check`, refused by a training, or replaced and listed. Row numbers are those of `tests/bad_files.py`."""
 
 import json
+import os
+import re
+from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
+from src import build, prepare
+from src.config import load, resolve_hardware
 from src.results import read_results
-from tests.bad_files import BAD, ODD, photo, write_cases
+from src.train import train
+from src.types import UserError
+from src.world import watched
+from tests.bad_files import BAD, CAPTIONS, GOOD_FORMS, ODD, deny, encoded, photo, write_cases
 from tests.conftest import QUICK, run_entry, run_folder
 
 HELD_OUT = 8
+TINY = ["validation.images=2", "validation.final_images=2", "validation.steps=1", "budget.images=32"]
 
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
-    """Every bad and odd file, and 40 good pictures, of which the last by name are held out."""
+    """Every bad and odd file, every good format, and 40 good pictures, of which the last by name are held out."""
     folder = write_cases(tmp_path_factory.mktemp("tree"), (*BAD, *ODD))
+    for i, (name, make) in enumerate(GOOD_FORMS.items()):
+        file = folder / f"{i:02d}_{name}"
+        file.write_bytes(make(i))
+        file.with_suffix(".txt").write_text(CAPTIONS[i % len(CAPTIONS)], encoding="utf-8")
     for i in range(40):
         Image.fromarray(photo(i, 80, 100)).save(folder / f"z{i:02d}.png")
         (folder / f"z{i:02d}.txt").write_text(f"picture {i}")
@@ -25,7 +40,7 @@ def tree(tmp_path_factory):
 def words(tree, tmp_path):
     quick = [w for w in QUICK if not w.startswith("data.")]
     data = ["data=folder", f"data.path={tree}", f"data.val_images={HELD_OUT}"]
-    return [*quick, *data, f"output_dir={tmp_path}", f"cache_dir={tmp_path / 'cache'}"]
+    return [*quick, *TINY, "budget.images=64", *data, f"output_dir={tmp_path}", f"cache_dir={tmp_path / 'cache'}"]
 
 
 def test_check_counts_every_bad_file_by_name(tree, tmp_path):
@@ -33,8 +48,11 @@ def test_check_counts_every_bad_file_by_name(tree, tmp_path):
         "prepare", "check", "data=folder", f"data.path={tree}", "data.val_images=8", "full=true", f"output_dir={tmp_path}"
     )
     assert done.returncode == 1, done.stdout + done.stderr
-    report = json.dumps(json.loads((run_folder(done) / "report.json").read_text()))
-    assert all(case.name in report for case in BAD)
+    report = json.loads((run_folder(done) / "report.json").read_text())
+    named = json.dumps(report["problems"])
+    assert all(case.name in named for case in BAD)
+    assert not any(f"_{name}" in named for name in GOOD_FORMS)
+    assert not any(case.name in named for case in ODD)
 
 
 def test_a_training_refuses_the_tree_in_one_line(tree, tmp_path):
@@ -54,6 +72,215 @@ def test_a_training_replaces_bad_files_and_lists_them(tree, tmp_path):
     assert sorted(listed) == sorted(case.name for case in BAD)
     assert any(str(file) in done.stdout for file in lists)
     assert read_results(run_folder(done) / "results.json").images_seen == 64
-    again = run_entry("train", *words(tree, tmp_path), *skip, "data.max_bad_share=0.1")
-    assert again.returncode == 2
-    assert "samples are bad, more than data.max_bad_share=0.1" in again.stderr
+    cfg = resolve_hardware(load("train", [*words(tree, tmp_path), *skip, "data.max_bad_share=0.1"]))
+    made = build.plan(cfg)
+    with pytest.raises(UserError, match=r"samples are bad, more than data\.max_bad_share=0\.1"):
+        watched(cfg, made, [made.task])
+
+
+# ---- one small tree for each row, in this process ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def seen(monkeypatch) -> set[str]:
+    """Ids that training steps were given."""
+    from src.adapters.base import ControlAdapter
+
+    ids: set[str] = set()
+    original = ControlAdapter.training_step
+
+    def spy(self, batch, i):
+        ids.update(batch.ids)
+        return original(self, batch, i)
+
+    monkeypatch.setattr(ControlAdapter, "training_step", spy)
+    return ids
+
+
+def small(root: Path, count: int = 8) -> Path:
+    """`0.png` and so on with captions, below `images`."""
+    (root / "images").mkdir(parents=True)
+    for i in range(count):
+        (root / "images" / f"{i}.png").write_bytes(encoded(photo(i), "PNG"))
+        (root / "images" / f"{i}.txt").write_text(f"picture {i}")
+    return root
+
+
+def checked(root: Path, *more: str) -> tuple[int, list[dict]]:
+    """`prepare check` -> (exit code, findings); 2 stands for a refusal, as in `src.config.cli`."""
+    given = ["data=folder", f"data.path={root}/images", "data.val_images=2", f"output_dir={root}/runs", "workers=0"]
+    code = 0
+    try:
+        prepare.check(load("prepare_check", [*given, "resolution=64", *more]))
+    except SystemExit as stop:
+        code = stop.code
+    report = json.loads(next((root / "runs").glob("*/*/report.json")).read_text())
+    return code, report["problems"] + report["hints"]
+
+
+def training(root: Path, *more: str) -> list[str]:
+    """The words of a tiny training on `root/images`."""
+    quick = [w for w in QUICK if not w.startswith(("data.", "validation.", "budget.images"))]
+    data = ["data=folder", f"data.path={root}/images", "data.val_images=2", f"output_dir={root}/runs"]
+    return [*quick, "validation.every_images=1000", *TINY, *data, *more]
+
+
+def refused(root: Path, *more: str) -> str:
+    """The one line with which a training is refused before a weight is read; its exit code is 2 (`src.config.cli`)."""
+    with pytest.raises(UserError) as error:
+        build.plan(load("train", training(root, *more)))
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_every_good_format_is_checked_and_trained_on(tmp_path, cache_dir, seen, capsys, monkeypatch):
+    """Rows 3, 4, 6 to 10 and 14: alpha, palettes, gray, CMYK, 16 bits, wide gamut, EXIF, animations, small pictures, and
+    captions of 500 words and of other alphabets; none is a problem, none is lost, and the cut captions are told."""
+    monkeypatch.setattr("src.data.source._noted", set())
+    images = small(tmp_path, 0) / "images"
+    odd = tuple(case for case in ODD if case.name != "wide.png")  # 20 megapixels, which the tree above has
+    write_cases(images, odd)
+    for i, (name, make) in enumerate(GOOD_FORMS.items()):
+        (images / f"{i:02d}_{name}").write_bytes(make(i))
+        (images / f"{i:02d}_{name}").with_suffix(".txt").write_text(CAPTIONS[i % len(CAPTIONS)], encoding="utf-8")
+    for i in range(2):
+        (images / f"z{i}.png").write_bytes(encoded(photo(90 + i), "PNG"))
+        (images / f"z{i}.txt").write_text("held out")
+    code, found = checked(tmp_path, "full=true")
+    assert (code, [f for f in found if f["kind"] != "flat picture"]) == (0, [])
+    assert "GIF files of several frames, such as" in capsys.readouterr().out
+    typed = training(tmp_path, f"cache_dir={cache_dir}", "budget.effective_batch=8", "hardware.micro_batch=8")
+    folder = train(load("train", typed), typed)
+    said = capsys.readouterr().out
+    assert read_results(folder / "results.json").images_seen == 32
+    assert len(seen) == len(GOOD_FORMS) + len(odd)
+    assert {f"{i:02d}_{name}" for i, name in enumerate(GOOD_FORMS)} < seen
+    cut = re.search(
+        r"(\d+) of 22 captions \(.*%\) are cut at the 24 tokens that the tokenizer of (\S+) reads; .* (\d+): (.+)", said
+    )
+    assert cut is not None, said
+    assert 2 <= int(cut[1]) < 22
+    assert int(cut[3]) > 500
+    assert (cut[2], cut[4]) == ("embedded:sd3_tiny", "06_plain.tif")  # the first of those with 500 words
+
+
+def caption_missing(root: Path) -> None:
+    (root / "images" / "3.txt").unlink()
+
+
+def mismatched_pair(root: Path) -> None:
+    (root / "depth").mkdir()
+    for i in range(8):
+        shape = (64, 48) if i == 3 else (48, 64)
+        (root / "depth" / f"{i}.png").write_bytes(encoded(np.full(shape, 900 + i, np.uint16), "PNG"))
+
+
+def pair_lacks_a_map(root: Path) -> None:
+    (root / "depth").mkdir()
+    for i in (0, 1, 2, 4, 5, 6, 7, 9):
+        (root / "depth" / f"{i}.png").write_bytes(encoded(photo(i)[..., 0].astype(np.uint16) + 900, "PNG"))
+
+
+def duplicate_stems(root: Path) -> None:
+    (root / "images" / "3.jpg").write_bytes(encoded(photo(30), "JPEG"))
+
+
+def unreadable(root: Path) -> None:
+    (root / "images" / "3.png").unlink()
+    (root / "images" / "3.png").symlink_to("3.png")  # a link to itself: no permission helps, also not root's
+
+
+def too_few(root: Path) -> None:
+    for i in range(2, 8):
+        (root / "images" / f"{i}.png").unlink()
+        (root / "images" / f"{i}.txt").unlink()
+
+
+DEPTH = "data.signals={depth: ../depth}"
+ROWS = [  # row, what is wrong, words, kind of the finding, what the report says, what a training is refused with
+    (1, caption_missing, (), "caption", r"caption is missing", "no caption file beside them .*3.png.*missing_caption=empty"),
+    (12, mismatched_pair, (DEPTH,), "pair", "the depth map is 48 x 64", "3.png: the depth map is 48 x 64 .*crop and turn"),
+    (15, pair_lacks_a_map, (DEPTH,), "data set", "1 images have no map there: 3.png", "have no map .*same names below"),
+    (15, duplicate_stems, (), "data set", "2 files share a stem", "share a stem, .*: 3.jpg, 3.png; rename or remove"),
+    (11, unreadable, (), "unreadable", "cannot be opened", "3.png: cannot be opened .*; check its permissions and links"),
+    (17, too_few, (), "data set", "holds 2 images, and data.val_images=2", "leaves none to train on; write data.val_images=1"),
+]
+
+
+@pytest.mark.parametrize(("row", "spoil", "more", "kind", "report", "line"), ROWS, ids=lambda v: getattr(v, "__name__", None))
+def test_what_is_wrong_is_reported_by_check_and_refused_in_one_line(tmp_path, row, spoil, more, kind, report, line):
+    spoil(small(tmp_path))
+    more = tuple(word.replace("../depth", f"{tmp_path}/depth") for word in more)
+    code, found = checked(tmp_path, *more)
+    assert code == 1
+    assert any(f["kind"] == kind and re.search(report, f["reason"]) for f in found), found
+    assert re.search(line, refused(tmp_path, *more)), row
+
+
+def test_a_loop_of_links_is_walked_once(tmp_path):
+    """Row 11 of links between folders: nothing is read twice, and nothing hangs."""
+    images = small(tmp_path) / "images"
+    (images / "again").symlink_to(tmp_path, target_is_directory=True)
+    (images / "self").symlink_to(images, target_is_directory=True)
+    code, found = checked(tmp_path)
+    assert (code, found) == (0, [])
+    assert len(build.plan(load("train", training(tmp_path))).train_source) == 6
+
+
+def test_a_file_without_permission_is_skipped_until_it_is_given(tmp_path):
+    """Row 11: its size and time stay, so only asking again can tell."""
+    from src.data.folder import FolderSource
+    from src.data.tolerant import tolerant
+
+    file = small(tmp_path) / "images" / "3.png"
+    denied = deny(file)
+    rules = {"on_bad_sample": "skip", "max_bad_share": 0.5}
+    source = FolderSource("folder", f"{tmp_path}/images", 2, "train", 64, **rules)
+    if not denied:
+        pytest.skip("nothing is unreadable for root")
+    assert tolerant(source, tmp_path, say=lambda _: None).replaced == {3: 4}
+    os.chmod(file, 0o644)
+    source = FolderSource("folder", f"{tmp_path}/images", 2, "train", 64, **rules)
+    assert tolerant(source, tmp_path, say=lambda _: None).replaced == {}
+
+
+def test_fewer_images_than_a_step_takes_is_told(tmp_path, capsys):
+    """Row 17."""
+    small(tmp_path)
+    build.plan(load("train", training(tmp_path)))
+    said = capsys.readouterr().out
+    assert "6 training images of data=folder are fewer than budget.effective_batch=16: none is left out" in said
+    assert "write budget.effective_batch=6 or less" in said
+    build.plan(load("train", training(tmp_path, "budget.effective_batch=6", "hardware.micro_batch=6", "budget.images=36")))
+    assert "fewer than" not in capsys.readouterr().out
+
+
+def test_numbers_that_do_not_fit_are_refused(tmp_path):
+    """Rows 13 and 18."""
+    small(tmp_path)
+    assert "final_images=3 is more than the 2 held-out images" in refused(tmp_path, "validation.final_images=3")
+    assert re.search(r"resolution=60 is not a multiple of \d+ .*: use \d+ or 64", refused(tmp_path, "resolution=60"))
+
+
+def test_twelve_bits_in_sixteen_are_named(tmp_path):
+    """Row 9: the high byte of a camera's raw values is nearly black."""
+    images = small(tmp_path) / "images"
+    (images / "3.png").write_bytes(encoded(photo(3)[..., 0].astype(np.uint16) * 16, "PNG"))
+    (images / "4.png").write_bytes(encoded(photo(4)[..., 0].astype(np.uint16) * 257, "PNG"))
+    code, found = checked(tmp_path)
+    assert code == 0
+    assert [f["id"] for f in found if f["kind"] == "twelve bits"] == ["3.png"]
+
+
+def test_photos_are_refused_for_the_scene_probe(tmp_path, capsys):
+    small(tmp_path)
+    for task, signal in (("depth", "depth"), ("pose", "joints")):
+        line = refused(tmp_path, f"task={task}")
+        assert "data=folder are photos: write task.detector=<hub id or folder of a" in line
+        assert f"data.signals={{{signal}: <folder>}}" in line
+        build.plan(load("train", training(tmp_path, f"task={task}", "data.are_scenes=true")))
+    mismatched_pair(tmp_path)
+    Image.fromarray(np.full((48, 64), 903, np.uint16)).save(tmp_path / "depth" / "3.png")
+    capsys.readouterr()
+    build.plan(load("train", training(tmp_path, "task=depth", f"data.signals={{depth: {tmp_path}/depth}}")))
+    assert "the scores depth_rmse and depth_mse mean nothing" in capsys.readouterr().out

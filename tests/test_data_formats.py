@@ -24,6 +24,7 @@ from src.data.shard_index import braces, scan
 from src.data.shards import ShardSource
 from src.data.signals import MIRRORED, read_joints, read_map
 from src.data.source import BadSample
+from src.tasks.degradations import resized
 from src.types import UserError
 from tests.bad_files import (
     CAPTIONS,
@@ -544,16 +545,18 @@ def test_image_and_signals_move_together(boards, resolution, crop, flip, buckets
         sample = source[i]
         gray = sample.image[..., 0].astype(float)
         assert sample.image.shape[:2] == source.size_of(i)
-        for name, values in (
-            ("depth", sample.signals["depth"] / 100),
-            ("canny", sample.signals["canny"].astype(float)),
-            ("low_resolution", sample.signals["low_resolution"][..., 0].astype(float)),
+        small = sample.signals["low_resolution"]
+        same = resized(sample.image, small.shape[:2], "area")  # it keeps its scale, so it is compared at that
+        for name, values, wanted in (
+            ("depth", sample.signals["depth"] / 100, gray),
+            ("canny", sample.signals["canny"].astype(float), gray),
+            ("low_resolution", small[..., 0].astype(float), same[..., 0].astype(float)),
         ):
-            assert values.shape == gray.shape, name
+            assert values.shape == wanted.shape, name
             # a shift by one cell would turn the board over: what differs are the borders between its cells
-            assert (np.abs(values - gray) > 60).mean() < 0.3, (i, name)
-            if gray.std() > 40:
-                assert np.corrcoef(values.ravel(), gray.ravel())[0, 1] > 0.85, (i, name)
+            assert (np.abs(values - wanted) > 60).mean() < 0.3, (i, name)
+            if wanted.std() > 40:
+                assert np.corrcoef(values.ravel(), wanted.ravel())[0, 1] > 0.85, (i, name)
         if flip and i % 2:
             twin = source[i - 1]
             assert sample.id == f"{twin.id}~flip"

@@ -11,7 +11,7 @@ from src import prepare
 from src.config import load
 from src.data.scenes import SceneSource
 from src.data.speed import Timed, as_formats, cached_rate, rate
-from tests.conftest import QUICK
+from tests.conftest import QUICK, ROOT
 
 
 def test_every_format_holds_the_same_pictures(tmp_path):
@@ -85,3 +85,20 @@ def test_the_verb_measures_formats_caches_and_a_training(tmp_path, monkeypatch, 
     assert found["training"]["batches"] == 10 - 2 - 1
     assert 0 < found["training"]["wait_share"] < 1
     assert "a training step of 16 images takes" in printed
+
+
+@pytest.mark.parametrize("column", ["64px", "256px"])
+def test_the_page_on_data_states_the_committed_numbers(column):
+    found = json.loads((ROOT / "experiments" / "data_speed" / f"speed_{column}.json").read_text())
+    lines = (ROOT / "docs" / "data.md").read_text().splitlines()
+    first = {"64px": 1, "256px": 3}[column]
+    rows = {cells[0].strip(): cells for cells in (line.strip("|").split("|") for line in lines if line.startswith("| "))}
+    for name, rates in found["formats"].items():
+        if not name.startswith("as it is"):
+            assert [float(x) for x in rows[name][first : first + 2]] == [*rates.values()], name
+    assert float(rows["from the caches, with text"][first + 1]) == found["cached_img_per_s"]
+    text = " ".join(lines)
+    assert f"{found['training']['wait_share']:.2%}".replace("%", " %") in text
+    assert f"{found['training']['step_ms']} ms" in text
+    check = json.loads((ROOT / "experiments" / "data_speed" / "check_10000.json").read_text())
+    assert f"{check['seconds']} s on 10,000" in text

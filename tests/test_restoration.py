@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
+from PIL import Image
 
 from src import rng
 from src.construct import construct
 from src.data.cache import store_key
+from src.data.folder import FolderSource
+from src.data.framing import Framing
 from src.tasks.canny import Canny
 from src.tasks.deblur import Deblur
 from src.tasks.degradations import SHIPPED, Degradation, blurred, degradation, jpeg, resized
@@ -362,6 +365,53 @@ def test_partners_that_do_not_fit_are_named(super_resolution, partner, said):
     sample = Sample("photo-1", picture(64, 48), "", {"low_resolution": partner})
     with pytest.raises(UserError, match=said):
         super_resolution.condition_of(sample, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "signal", "size", "rules"),
+    [
+        ("super_resolution", "low_resolution", (64, 64), {}),
+        ("super_resolution", "low_resolution", (64, 64), {"flip": True}),
+        ("deblur", "blurred", (64, 64), {}),
+        ("super_resolution", "low_resolution", (96, 64), {}),
+        ("super_resolution", "low_resolution", (88, 64), {"crop": "random"}),
+    ],
+)
+def test_a_given_partner_is_the_condition_that_would_be_made(tmp_path, name, signal, size, rules):
+    """Of noise, where another filter would show at once: to the bit without a crop, and inside of its border with one."""
+    for folder in ("images", "small"):
+        (tmp_path / folder).mkdir()
+    made, noise = task(name), np.random.default_rng(0)
+    for i in range(2):
+        image = noise.integers(0, 256, (*size, 3), np.uint8)
+        Image.fromarray(image).save(tmp_path / "images" / f"{i}.png")
+        (tmp_path / "images" / f"{i}.txt").write_text("noise")
+        Image.fromarray(made.degradation.low_resolution(image, draws(f"{i}.png"))).save(tmp_path / "small" / f"{i}.png")
+    signals = {signal: str(tmp_path / "small")}
+    source = FolderSource("folder", str(tmp_path / "images"), 1, "train", 64, signals=signals, **rules)
+    for sample in (source[i] for i in range(len(source))):
+        assert sample.signals[signal].shape == (16, 16, 3)
+        given = made.condition_of(sample, 0).astype(int)
+        fresh = made.condition_of(Sample(sample.id, sample.image, ""), 0).astype(int)
+        if size == (64, 64):
+            off = np.abs(given - fresh).max()
+            assert off <= (1 if rules else 0)  # a mirrored picture is rounded from the other side
+        elif "crop" not in rules:
+            assert np.array_equal(given[16:-16], fresh[16:-16])
+        else:  # the crop may begin inside of a pixel of the partner
+            assert np.corrcoef(given[16:-16].ravel(), fresh[16:-16].ravel())[0, 1] > 0.7
+
+
+def test_a_partner_shrinks_and_grows_as_its_image_does():
+    partner = resized(picture(96, 96), (24, 24), "area")
+    for side, wanted in ((48, 12), (96, 24), (192, 24)):
+        frame = Framing(side, "center", 0, None).frame((96, 96), "a")
+        small = frame.signal("low_resolution", partner)
+        assert small.shape == (wanted, wanted, 3)
+        if wanted == 24:
+            assert np.array_equal(small, partner)
+    whole = Framing(48, "center", 0, None).frame((96, 96), "a")
+    assert np.array_equal(whole.signal("blurred", picture(96, 96)), whole.apply(picture(96, 96)))
 
 
 def test_deblurring_wants_a_blur():

@@ -11,14 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 from omegaconf import OmegaConf
+from PIL import Image
 from safetensors.torch import load_file
 
 from src.adapters.base import ControlAdapter
 from src.callbacks.base import Preempted
 from src.config import load
+from src.data.folder import FolderSource
+from src.data.write_shards import write_shards
 from src.results import read_rows
 from src.train import train
 from src.types import UserError
+from tests.bad_files import photo
 from tests.conftest import QUICK, ROOT
 
 # 20 optimizer steps of 8 images over 40 training images: the fourth epoch has begun when the run ends
@@ -198,4 +202,51 @@ def test_a_signal_in_the_last_validation_loses_nothing(tmp_path, cache_dir, monk
     resume(first, cache_dir)
     scores = [json.loads((f / "outcome.json").read_text())["scores"] for f in (straight, first)]
     assert scores[0] == scores[1]
+    assert equal(weights(first), weights(straight))
+
+
+@pytest.mark.parametrize("form", ["folder", "shards"])
+def test_real_formats_go_on_at_the_very_next_sample(tmp_path, cache_dir, seen, form):
+    """Mirrored pictures, of which one is broken and replaced; stopped in the second of two epochs, and in its middle."""
+    images = tmp_path / "images"
+    images.mkdir()
+    for i in range(8):
+        file = images / f"{i}.png"
+        Image.fromarray(photo(i, 64, 64)).save(file)
+        file.with_suffix(".txt").write_text(f"picture {i}")
+    path = images
+    if form == "shards":
+        source = FolderSource("folder", str(images), 2, "train", 64), FolderSource("folder", str(images), 2, "val", 64)
+        write_shards(source, tmp_path / "shards", 1, "png", "local", 0, lambda _: None)
+        path = tmp_path / "shards"
+        tar = next(path.glob("*.tar"))
+        raw = bytearray(tar.read_bytes())
+        start = raw.index(b"IDAT", raw.index(b"IDAT") + 4)  # of the second picture
+        raw[start + 4 : start + 40] = bytes(36)
+        tar.write_bytes(raw)
+    else:
+        (images / "3.png").write_bytes((images / "3.png").read_bytes()[:-200])
+    words = [f"data={form}", f"data.path={path}", "data.val_images=2", "data.flip=true", "data.on_bad_sample=skip"]
+    words += ["data.max_bad_share=0.5", "budget.images=24", "budget.effective_batch=4", "hardware.micro_batch=4"]
+    words += ["validation.images=2", "validation.final_images=2", "validation.steps=1"]
+    base = [w for w in RUN if not w.startswith(("data.", "budget.", "hardware.micro", "validation.images", "validation.final"))]
+
+    def started(name: str, *more: str) -> Path:
+        typed = [*base, *words, f"output_dir={tmp_path / name}", f"cache_dir={cache_dir}", *more]
+        try:
+            return train(load("train", typed), typed)
+        except Preempted as stopped:
+            return stopped.folder
+
+    straight = started("a")
+    ids = list(seen)
+    seen.clear()
+    first = started("b", "budget.stop_at_images=16")
+    assert len(seen) == 16
+    resume(first, cache_dir)
+    assert list(seen) == ids
+    names = [name for _, name in ids]
+    assert len({*names}) == 10
+    assert max(names.count(n) for n in {*names}) >= 4  # five of six pictures, and their mirror images
+    assert rows(first) == rows(straight)
     assert equal(weights(first), weights(straight))

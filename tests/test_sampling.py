@@ -1,13 +1,21 @@
 """Solvers against a law whose answer is known, and batches that shrink when memory runs out."""
 
+import io
+import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
+from src.config import load
+from src.construct import construct
+from src.data.folder import FolderSource
 from src.objectives import FlowMatching
+from src.sample import condition_of
 from src.sampling import OWN, SOLVERS, Batches, denoise, is_out_of_memory, solver_for
-from src.types import TextCond, UserError
+from src.types import Sample, TextCond, UserError
+from tests.bad_files import encoded, photo
 
 MEAN, SPREAD = 0.7, 0.4  # of the clean latents
 TEXT = TextCond(torch.zeros(1, 1, 1))
@@ -104,3 +112,76 @@ def test_one_picture_that_does_not_fit_is_an_error_in_one_line_and_other_errors_
         list(Batches(2).over([0, 1], lambda rows: (_ for _ in ()).throw(RuntimeError("shapes"))))
     assert is_out_of_memory(MemoryError())
     assert not is_out_of_memory(ValueError("no"))
+
+
+# ---- the condition of `src.sample` ------------------------------------------------------------------------------------
+
+
+def shown_by(tmp_path, name: str, raw: bytes, words: tuple[str, ...] = (), is_image: bool = False):
+    """What `src.sample` shows the adapter of a file, and the task."""
+    (tmp_path / name).write_bytes(raw)
+    trained = load("train", list(words))
+    task = construct(trained.task)
+    return condition_of(tmp_path / name, task, trained, is_image), task
+
+
+@pytest.mark.parametrize(
+    ("task", "signal", "name"),
+    [
+        ("canny", "canny", "0.png"),
+        ("depth", "depth", "0.png"),
+        ("depth", "depth", "0.npy"),
+        ("pose", "joints", "0.json"),
+        ("super_resolution", "low_resolution", "0.png"),
+    ],
+)
+def test_a_map_is_read_as_in_training(tmp_path, task, signal, name):
+    """A clear half for edges and partners, 16 bits for depth: one condition, whether a run reads it or `src.sample`."""
+    pixels = photo(0, 64, 64)
+    clear = np.dstack([pixels, np.where(np.arange(64) < 32, 255, 0).astype(np.uint8) * np.ones((64, 1), np.uint8)])
+    deep = 2 + photo(0, 64, 64)[..., 0].astype(np.uint16) // 40
+    held = io.BytesIO()
+    np.save(held, deep.astype(np.float32) + 0.25)
+    people = [[[x, 3 * x % 64, 1] for x in range(4, 46, 3)]]
+    raw = {
+        "canny": encoded(clear, "PNG"),
+        "depth": held.getvalue() if name.endswith("npy") else encoded(deep, "PNG"),
+        "joints": json.dumps({"joints": people}).encode(),
+        "low_resolution": encoded(clear[::4, ::4], "PNG"),
+    }[signal]
+    for i in range(2):
+        (tmp_path / "images").mkdir(exist_ok=True)
+        (tmp_path / signal).mkdir(exist_ok=True)
+        (tmp_path / "images" / f"{i}.png").write_bytes(encoded(pixels, "PNG"))
+        (tmp_path / "images" / f"{i}.txt").write_text("a picture")
+        (tmp_path / signal / f"{i}{name[1:]}").write_bytes(raw)
+    source = FolderSource("folder", str(tmp_path / "images"), 1, "train", 64, signals={signal: str(tmp_path / signal)})
+    shown, made = shown_by(tmp_path, name, raw, (f"task={task}",))
+    assert np.array_equal(shown, made.condition_of(source[0], 0))
+    assert np.ptp(shown) > 100
+
+
+def test_a_finished_map_is_shown_as_it_is(tmp_path, capsys):
+    gray = np.repeat(photo(3, 64, 64)[..., :1], 3, 2)
+    for task in ("canny", "depth", "pose", "super_resolution", "deblur"):
+        shown, _ = shown_by(tmp_path, "condition-0.png", encoded(gray, "PNG"), (f"task={task}",))
+        assert np.array_equal(shown, gray), task
+    assert "64 x 64 pixels, read as a finished map" in capsys.readouterr().out
+
+
+def test_a_photo_becomes_the_condition_of_the_task(tmp_path):
+    pixels = photo(3, 64, 64)
+    shown, task = shown_by(tmp_path, "p.png", encoded(pixels, "PNG"), (), is_image=True)
+    assert np.array_equal(shown, task.condition_of(Sample("p.png", pixels, ""), 0))
+
+
+def test_what_is_no_condition_is_refused_or_told(tmp_path, capsys):
+    far = json.dumps({"joints": [[[x, x, 1] for x in range(0, 140, 10)]]}).encode()
+    with pytest.raises(UserError, match=r"joints beyond 64; write them in pixels of a picture of 64 x 64"):
+        shown_by(tmp_path, "a.json", far, ("task=pose",))
+    with pytest.raises(UserError, match=r"task=canny wants a picture, and a \.json file is none"):
+        shown_by(tmp_path, "a.json", far)
+    with pytest.raises(UserError, match="condition_is_image=true wants a picture"):
+        shown_by(tmp_path, "a.json", far, ("task=pose",), is_image=True)
+    shown_by(tmp_path, "mm.png", encoded(np.full((64, 64), 5000, np.uint16), "PNG"), ("task=depth",))
+    assert "its condition is 0 of 255 all over" in capsys.readouterr().out

@@ -133,9 +133,16 @@ class Backbone(nn.Module, ABC):
 
     def encode_text(self, captions: list[str], device: torch.device) -> TextCond:
         """Captions -> `TextCond`, float32 on the CPU. Loads the text encoders on first use; see `drop_text`."""
+        return self._encoders(device)(captions)
+
+    def text_lengths(self, captions: list[str], device: torch.device) -> dict[str, tuple[int, list[int]]]:
+        """Tokenizer -> (tokens that its encoder reads of a caption, tokens of each); what is beyond is cut."""
+        return self._encoders(device).lengths(captions)
+
+    def _encoders(self, device: torch.device) -> Any:
         if self._text is None:
             self._text = self._load_text(self.model.fetch(self.TEXT_PARTS), device)
-        return self._text(captions)
+        return self._text
 
     def text_key(self) -> str:
         """A string that changes when the text encoders' weights do, without loading them: part of the caption cache's key."""

@@ -1,7 +1,8 @@
 """The rules by which what stands for a caption becomes one.
 
 - Text is kept whole and in its own alphabet: Unicode NFC, line ends as \\n, a byte order mark and outer white space taken
-  away. What is too long for a text encoder is cut there, not here.
+  away. What is too long for a text encoder is cut there, not here, and
+  counted when a cache is filled.
 - Missing are: nothing, None, NaN, an empty text, the words nan, none and null alone, and numbers. They are counted when a
   source is made, and refused or read as the empty prompt, as `missing_caption` says.
 - Of a list, one is drawn by (caption_seed, id); missing ones in it are passed over.
@@ -11,7 +12,7 @@
 import codecs
 import math
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -81,8 +82,3 @@ def settle(
     elif bare:
         note_once(f"captions {where}", f"{len(bare)} of {len(ids)} captions of {where} are missing, read as the empty prompt")
     return ["" if caption is None else caption for caption in found]
-
-
-def longest(described: Iterable[tuple[str, str]]) -> tuple[str, int]:
-    """(id, words) of the longest caption of (id, caption) pairs; the first of equals."""
-    return max(((id, len(caption.split())) for id, caption in described), key=lambda pair: pair[1])

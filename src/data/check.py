@@ -7,6 +7,7 @@ as a condition that is black all over. Conditions are those that come with the d
 - Flipped depth: in most photographs the ground in the lower third is nearer than what the upper third shows. If it is
   farther in so many of the decoded maps that a fair coin would do so with p < 0.001 (sign test), that is a hint.
 - Black all over, or one value all over: such a map tells an adapter nothing.
+- Twelve bits in sixteen: values that stay below 4096 of 65536 are those of a camera's raw, and the picture is nearly black.
 """
 
 import hashlib
@@ -22,12 +23,15 @@ from torch.utils.data import DataLoader, Dataset
 
 from src import rng
 from src.data.signals import SIGNALS
-from src.data.source import BadSample, Probe, Source
+from src.data.source import BadPair, BadSample, Probe, Source
 from src.data.tokens import token_counts
+from src.types import UserError
 
 # kind of finding -> whether it is a problem; the worst first
 KINDS = {
+    "data set": True,
     "unreadable": True,
+    "pair": True,
     "caption": True,
     "in both splits": True,
     "flipped depth": False,
@@ -35,9 +39,11 @@ KINDS = {
     "black condition": False,
     "flat condition": False,
     "flat picture": False,
+    "twelve bits": False,
     "twice": False,
 }
 CHUNK = 8  # samples that a worker decodes at a time
+TWELVE_BITS = 15  # the high byte of 4095
 BLACK, FLAT = 5, 3  # of 255: at most so bright, and at most so much between darkest and brightest
 NOTHING = "it tells an adapter nothing"
 WHITE_SHARE = 0.5
@@ -66,18 +72,22 @@ def check_sources(
     workers: int,
     tokenizer: str | None,
     depth_is: str,
+    faults: Sequence[UserError] = (),
 ) -> dict[str, Any]:
     """Look at every split of a data set -> what report.json holds.
 
     sample: how many samples of each split are decoded (None: all), drawn by (seed, split); workers: processes that decode;
-    tokenizer: see `token_counts`; depth_is: what the numbers of a depth signal mean, `distance`, or `nearness` or `map`.
+    tokenizer: see `token_counts`; depth_is: what the numbers of a depth signal mean, `distance`, or `nearness` or `map`;
+    faults: what is wrong with the set as a whole, for which a training would refuse it.
     """
     report: dict[str, Any] = {"splits": {}}
-    findings, pixels = [], defaultdict(list)
+    findings, pixels = [_of_whole(fault) for fault in faults], defaultdict(list)
     for split, source in sources.items():
         probes = [source.probe(i) for i in range(len(source))]
         for probe in probes:
-            findings += [_of(bad, "unreadable" if probe.size is None else "caption", split) for bad in probe.problems]
+            findings += [
+                _of(bad, _kind(bad, "unreadable" if probe.size is None else "caption"), split) for bad in probe.problems
+            ]
         rows = drawn_rows(len(source), sample, seed, split)
         looks = list(_look_at(source, rows, workers))
         known = {(f.id, f.reason) for f in findings}
@@ -127,11 +137,14 @@ def look(source: Source, row: int) -> Look:
     try:
         sample = source[row]
     except BadSample as bad:
-        return Look(source.describe(row)[0], "", [("unreadable", bad.id, bad.reason, bad.fix)], {})
+        return Look(source.describe(row)[0], "", [(_kind(bad, "unreadable"), bad.id, bad.reason, bad.fix)], {})
     made = Look(sample.id, hashlib.blake2b(sample.image.tobytes(), digest_size=12).hexdigest(), [], {})
     if max(int(np.ptp(sample.image[..., c])) for c in range(3)) <= FLAT:  # along both axes at once it takes ten times as long
         reason = "black all over" if sample.image.max() <= BLACK else "one colour all over"
         made.findings.append(("flat picture", sample.id, f"its picture is {reason}", "remove it if that is not meant"))
+    if sample.image.max() <= TWELVE_BITS and source.probe(row).kind.partition(" ")[2].startswith("I"):
+        reason = "its 16-bit values stay below 4096, as 12 bits do: it is nearly black"
+        made.findings.append(("twelve bits", sample.id, reason, "multiply them by 16, or save it with 8 bits"))
     for signal in source.signals:
         values = np.asarray(sample.signals[signal])
         if SIGNALS[signal] == "joints":
@@ -188,6 +201,15 @@ def _look_at(source: Source, rows: Sequence[int], workers: int) -> Iterator[Look
 
 def _of(bad: BadSample, kind: str, split: str) -> Finding:
     return Finding(kind, split, bad.id, bad.reason, bad.fix)
+
+
+def _kind(bad: BadSample, else_: str) -> str:
+    return "pair" if isinstance(bad, BadPair) else else_
+
+
+def _of_whole(fault: UserError) -> Finding:
+    reason, _, fix = str(fault).rpartition("; ")
+    return Finding("data set", "both", "all of it", reason, fix)
 
 
 def _flipped(conditions: Mapping[str, list[tuple[float, float]]], example: str, split: str, depth_is: str) -> Iterator[Finding]:

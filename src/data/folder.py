@@ -168,9 +168,9 @@ class FolderSource(RecordSource):
         super().__init__(records, name, val_images, split, resolution, **rules)
 
 
-def read_picture(file: Path, resolution: int) -> np.ndarray:
+def read_picture(file: Path, resolution: int, matte: str = "white") -> np.ndarray:
     """One picture as a source reads it: -> (resolution, resolution, 3) uint8, its middle. Raises BadSample."""
-    image = picture.read_rgb(file, str(file))
+    image = picture.read_rgb(file, str(file), matte)
     return Framing(resolution, "center", 0, None).frame(image.shape[:2], file.name).apply(image)
 
 

@@ -1,7 +1,8 @@
 """Where a picture's pixels go: scaling, cropping, mirroring and aspect buckets, one geometry for image and signals.
 
 A `Frame` is worked out once per image and applied to everything that belongs to it. Every map is first scaled to the
-image's scaled size, whatever its own, and then cut by the same box, so no map is ever cropped on its own.
+image's scaled size, whatever its own, and then cut by the same box, so no map is ever cropped on its own. A partner picture
+that is smaller than its image stays so, for its task to scale it up: it is cut in proportion, and shrinks as the image does.
 """
 
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Literal
 
 import cv2
 import numpy as np
+from PIL import Image
 
 from src import rng
 from src.data.signals import FILTERS, MIRRORED, SIGNALS
@@ -44,6 +46,25 @@ class Frame:
         cut = values[self.top : self.top + self.height, self.left : self.left + self.width]
         return np.ascontiguousarray(cut[:, ::-1] if self.flip else cut)
 
+    def apply_small(self, values: np.ndarray) -> np.ndarray:
+        """(h, w, 3) uint8, a smaller picture of the same -> what it shows of the frame, at its own scale.
+
+        Pixels are taken over as they are where the frame's edges are edges of theirs, else interpolated (Pillow's bicubic
+        filter, exact to fractions of a pixel). Where the image shrinks, this one shrinks as much (Pillow's area filter).
+        """
+        shrinks = min(1.0, self.scaled[0] / self.original[0])
+        per_px = [have / whole for have, whole in zip(values.shape[:2], self.scaled, strict=True)]  # its pixels per frame pixel
+        corner, size = (self.top, self.left), (self.height, self.width)
+        ends = [(at * k, (at + side) * k) for at, side, k in zip(corner, size, per_px, strict=True)]
+        sides = [max(1, round((last - first) * shrinks)) for first, last in ends]
+        (top, bottom), (left, right) = ends
+        if shrinks == 1 and all(edge == int(edge) for edge in (top, bottom, left, right)):
+            cut = values[int(top) : int(bottom), int(left) : int(right)]
+        else:
+            chosen = Image.Resampling.BOX if shrinks < 1 else Image.Resampling.BICUBIC
+            cut = np.asarray(Image.fromarray(values).resize((sides[1], sides[0]), chosen, box=(left, top, right, bottom)))
+        return np.ascontiguousarray(cut[:, ::-1] if self.flip else cut)
+
     def apply_joints(self, joints: np.ndarray) -> np.ndarray:
         """(people, joints, 3) in pixels of the original -> the same in pixels of the frame. Right and left change places in
         a mirror; joints that leave the frame keep their coordinates outside of it."""
@@ -61,6 +82,8 @@ class Frame:
     def signal(self, name: str, values: np.ndarray) -> np.ndarray:
         """A signal by its name."""
         kind = SIGNALS[name]
+        if kind == "picture" and values.shape[0] < self.original[0] and values.shape[1] < self.original[1]:
+            return self.apply_small(values)
         return self.apply_joints(values) if kind == "joints" else self.apply(values, kind)
 
 

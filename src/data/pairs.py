@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
 from src.data.records import first_twins
-from src.data.source import note_once
+from src.data.source import note_once, refuse_set
 from src.types import UserError
 
 
@@ -117,10 +117,8 @@ def refuse_twins(files: Sequence[Path], root: Path, where: str) -> None:
     twins = set(first_twins([stem(f, root) for f in files]))
     if twins:
         named = [str(f.relative_to(root)) for f in files if stem(f, root) in twins]
-        raise UserError(
-            f"{where}: {len(named)} files share a stem, so that partners cannot be told apart: "
-            f"{', '.join(named[:10])}; rename or remove one of each"
-        )
+        fault = f"{where}: {len(named)} files share a stem, so that partners cannot be told apart"
+        refuse_set(UserError(f"{fault}: {', '.join(named[:10])}; rename or remove one of each"))
 
 
 def partners(
@@ -150,11 +148,9 @@ def partners(
     if alone or extra:
         faults = [f"{len(alone)} images have no map there: {', '.join(alone[:10])}"] if alone else []
         faults += [f"{len(extra)} maps have no image: {', '.join(extra[:10])}"] if extra else []
-        raise UserError(
-            f"{where} holds {len(files)} maps for {len(images)} images; {'; '.join(faults)}; "
-            "give both the same names below their folders, whatever the suffix"
-        )
-    return {f: there[s] for s, f in wanted.items()}
+        fault = f"{where} holds {len(files)} maps for {len(images)} images; {'; '.join(faults)}"
+        refuse_set(UserError(f"{fault}; give both the same names below their folders, whatever the suffix"))
+    return {f: there.get(stem(f, root), folder / f"{stem(f, root)}.png") for f in images}
 
 
 def _is_folder(entry: os.DirEntry) -> bool:

@@ -10,11 +10,12 @@ from typing import Any, ClassVar, Literal
 
 from src.data import captions, picture, signals
 from src.data.framing import Aspect, Crop, Framing, Small, same_aspect
-from src.data.source import BadSample, Probe, Source, Split, note_once
+from src.data.source import BadPair, BadSample, Probe, Source, Split, note_once, refuse_set
 from src.types import Sample, UserError
 
-READING_VERSION = 1  # part of every fingerprint: raise it when a rule of picture, signals, captions or framing changes
+READING_VERSION = 2  # part of every fingerprint: raise it when a rule of picture, signals, captions or framing changes
 IMAGE = "image"  # the part of a record that is no signal
+HELD_OUT_PART = 10  # of how many images one is held out where the configuration wants more than there are
 
 
 class Records(ABC):
@@ -63,7 +64,7 @@ class RecordSource(Source):
     Rules of both: small_images: what becomes of pictures that must grow to fill their frame;
     aspect: `refuse` pictures that lose an edge to the crop; matte: the colour behind transparency; missing_caption,
     caption_seed: see `captions`. on_bad_sample, max_bad_share: see `Source`; with `skip`, unreadable headers are no reason
-    to refuse the whole.
+    to refuse the whole. are_scenes: see `Source`.
     """
 
     injected: ClassVar = ("records",)
@@ -88,9 +89,11 @@ class RecordSource(Source):
         caption_seed: int = 0,
         on_bad_sample: Literal["raise", "skip"] = "raise",
         max_bad_share: float = 0.01,
+        are_scenes: bool = False,
     ):
         self.name, self.resolution, self.records, self.signals = name, resolution, records, records.signals
         self.matte, self.on_bad_sample, self.max_bad_share = matte, on_bad_sample, max_bad_share
+        self.are_scenes = are_scenes
         picture.check_matte(matte)
         if not 0 <= max_bad_share < 1:
             raise UserError(f"data.max_bad_share={max_bad_share:g} is not a share; write a number from 0 to below 1")
@@ -144,10 +147,16 @@ class RecordSource(Source):
         return (f"{id}~flip" if flip else id), self._captions[place]
 
     def fingerprint(self) -> str:
+        return self._digest(self._captions)
+
+    def pictures_fingerprint(self) -> str:
+        return self._digest([""] * len(self.rows))
+
+    def _digest(self, captions: Sequence[str]) -> str:
         digest = hashlib.blake2b(digest_size=8)
         rules = {**self.framing.settings(), "matte": self.matte, "copies": self.copies, "reading": READING_VERSION}
         digest.update(f"{sorted(rules.items())}{self.signals}\n".encode())
-        for row, caption in zip(self.rows, self._captions, strict=True):
+        for row, caption in zip(self.rows, captions, strict=True):
             digest.update(f"{self.records.ids[row]}|{caption}|{self.records.stamp(row)}\n".encode())
         return f"{self.form}-{digest.hexdigest()}-{self.resolution}px-n{len(self)}"
 
@@ -210,7 +219,7 @@ class RecordSource(Source):
     def _refuse_twins(self) -> None:
         twins = first_twins(self.records.ids)
         if twins:
-            raise UserError(f"{self.records.where}: the same id stands twice: {', '.join(twins)}; rename one of each")
+            refuse_set(UserError(f"{self.records.where}: the same id stands twice: {', '.join(twins)}; rename one of each"))
 
     def _refuse_bad(self) -> None:
         bad = [s for s in self._scans if isinstance(s, BadSample)]
@@ -254,7 +263,13 @@ def split_rows(rows: list[int], val_images: int, split: Split, where: str) -> li
     if val_images < 1:
         raise UserError(f"data.val_images={val_images}: at least 1 must be held out")
     if len(rows) <= val_images:
-        raise UserError(f"{where} holds {len(rows)} images, and data.val_images={val_images} leaves none to train on")
+        fits = max(1, len(rows) // HELD_OUT_PART)
+        fix = f"write data.val_images={fits}" if len(rows) > 1 else "give it more"
+        error = UserError(f"{where} holds {len(rows)} images, and data.val_images={val_images} leaves none to train on; {fix}")
+        if len(rows) < 2:
+            raise error
+        refuse_set(error)
+        val_images = fits
     return rows[:-val_images] if split == "train" else rows[-val_images:]
 
 
@@ -262,7 +277,7 @@ def check_pair(name: str, signal: str, size: tuple[int, int], image: tuple[int, 
     """Refuse a map whose aspect ratio is not its image's: whichever were cropped would be a guess. Raises BadSample."""
     if not same_aspect(size, image):
         reason = f"the {signal} map is {size[1]} x {size[0]} pixels, its image {image[1]} x {image[0]} (upright)"
-        raise BadSample(name, reason, "crop and turn both alike")
+        raise BadPair(name, reason, "crop and turn both alike")
 
 
 def refusal(bad: Sequence[BadSample], count: int, where: str) -> UserError:

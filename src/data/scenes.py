@@ -259,6 +259,7 @@ class SceneSource(Source):
     """
 
     signals = ("depth", "joints", "segmentation")
+    are_scenes = True
 
     def __init__(
         self,

@@ -1,6 +1,8 @@
 """The source interface: where images and captions come from, and how a source says that one of them is bad."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,14 +19,18 @@ class BadSample(UserError):
 
     def __init__(self, id: str, reason: str = "", fix: str = ""):
         if not reason:  # a loader's worker hands on one text, the traceback, whose last line is the message
-            line = (id.strip().splitlines() or [""])[-1].rpartition("BadSample: ")[2]
+            line = (id.strip().splitlines() or [""])[-1].rpartition(f"{type(self).__name__}: ")[2]
             id, _, rest = line.partition(": ")
             reason, _, fix = rest.rpartition("; ")
         super().__init__(f"{id}: {reason}; {fix}")
         self.id, self.reason, self.fix = id, reason, fix
 
     def __reduce__(self) -> tuple:
-        return BadSample, (self.id, self.reason, self.fix)
+        return type(self), (self.id, self.reason, self.fix)
+
+
+class BadPair(BadSample):
+    """A map that does not belong to its image: each can be read, and together they make no sample."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,7 @@ class Source(ABC):
     asks for `src.data.tolerant.tolerant`, which puts a good sample in its place and stops above that share of bad ones.
     A source itself always raises.
     copies: rows in a run that come of the same files, as a picture and its mirror image do: bad together or not at all.
+    are_scenes: whether its pictures are the project's own rendered scenes, which the scene probe can see.
     """
 
     name: str
@@ -59,6 +66,7 @@ class Source(ABC):
     on_bad_sample: Literal["raise", "skip"] = "raise"
     max_bad_share: float = 0.0
     copies: int = 1
+    are_scenes: bool = False
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -76,7 +84,11 @@ class Source(ABC):
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """A string that changes when any image or caption does, or how they are read: part of every cache's key."""
+        """A string that changes when any image, map or caption does, or how they are read."""
+
+    def pictures_fingerprint(self) -> str:
+        """The same without the captions, which latents and conditions do not depend on: part of their caches' keys."""
+        return self.fingerprint()
 
     def size_of(self, index: int) -> tuple[int, int]:
         """(height, width) of the image that `source[index]` gives; differs between samples only with aspect buckets."""
@@ -86,6 +98,28 @@ class Source(ABC):
         """What can be said of a sample in well under a millisecond: for lists of 10,000. Never raises BadSample."""
         id, caption = self.describe(index)
         return Probe(id, caption, self.size_of(index))
+
+
+_faults: list[list[UserError]] = []
+
+
+@contextmanager
+def faults_kept() -> Iterator[list[UserError]]:
+    """Inside of the block `refuse_set` keeps its errors in the list that this gives, and raises none: for reports."""
+    kept: list[UserError] = []
+    _faults.append(kept)
+    try:
+        yield kept
+    finally:
+        _faults.pop()
+
+
+def refuse_set(error: UserError) -> None:
+    """Raise an error that is no single sample's, such as unequal numbers of images and maps; see `faults_kept`."""
+    if not _faults:
+        raise error
+    if str(error) not in map(str, _faults[-1]):  # both splits are made of the same files
+        _faults[-1].append(error)
 
 
 _noted: set[str] = set()

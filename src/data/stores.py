@@ -21,6 +21,7 @@ from src.types import BackboneFacts, ConditionSpace, TextCond
 
 # what is encoded at once: at most so many pictures and pixels (32 pictures of 256, 8 of 512, 2 of 1024), and captions
 BATCH, BATCH_PIXELS, BATCH_CAPTIONS = 32, 2**21, 32
+BATCH_COUNTED = 4096  # captions whose tokens are counted at once
 SAY_EVERY_S = 30.0
 
 
@@ -129,7 +130,7 @@ def plan_stores(
             made.describe(**content)
         return made
 
-    content, drawn = source.fingerprint(), {"seed": seed} if task.varies else {}
+    content, drawn = source.pictures_fingerprint(), {"seed": seed} if task.varies else {}
     seen = {"task": task.settings(), "space": space, "codec": codec_hash if space == "latent" else None, **drawn}
     rooms = []
     for size in sorted(set(sizes)):
@@ -227,12 +228,32 @@ def _fill_pictures(
 
 def _fill_text(shelf: Shelf, backbone: Backbone, device: torch.device, say: Callable[[str], None]) -> None:
     batch, progress = min(BATCH_CAPTIONS, shelf.text.shard), _Progress("captions", len(shelf.captions), say)
+    if shelf.text.missing():
+        for line in cut_captions(shelf.ids, shelf.captions, backbone, device):
+            say(line)
     for block, (store,) in blocks_to_do([shelf.text], say):
         fill = _Filling(store, block)
         for rows in (rows for rows in _split(block, batch) if fill.wants(rows)):
             cond = backbone.encode_text(shelf.captions[rows.start : rows.stop], device)
             fill.add(rows, {name: x.half() for name, x in cond.fields().items()})
             progress.add(len(rows))
+
+
+def cut_captions(ids: list[str], captions: list[str], backbone: Backbone, device: torch.device) -> Iterator[str]:
+    """A line for each tokenizer that cuts some captions: their share, and the longest."""
+    counts: dict[str, list[int]] = {}
+    limits: dict[str, int] = {}
+    for first in range(0, len(captions), BATCH_COUNTED):
+        for name, (limit, some) in backbone.text_lengths(captions[first : first + BATCH_COUNTED], device).items():
+            counts.setdefault(name, []).extend(some)
+            limits[name] = limit
+    for name, found in counts.items():
+        if cut := sum(n > limits[name] for n in found):
+            longest = max(range(len(found)), key=found.__getitem__)
+            yield (
+                f"{cut} of {len(found)} captions ({cut / len(found):.1%}) are cut at the {limits[name]} tokens that the "
+                f"{name} of {backbone.facts.source} reads; the longest has {found[longest]}: {ids[longest]}"
+            )
 
 
 def _split(rows: range, size: int) -> Iterator[range]:

@@ -288,6 +288,7 @@ def _index(plan: ShardPlan) -> dict[str, Any]:
         "picture": plan.picture,
         "signals": {name: suffix_of(name) for name in plan.sources[0].signals},
         "sources": [source.fingerprint() for source in plan.sources],
+        "are_scenes": all(source.are_scenes for source in plan.sources),
         "shards": shards,
     }
 
@@ -296,4 +297,5 @@ def reading_words(index: dict[str, Any], out: Path, val_images: int) -> str:
     """The words with which `data=shards` reads them back."""
     maps = ",".join(f"{name}: {suffix}" for name, suffix in sorted(index["signals"].items()))
     signals = f' "data.signals={{{maps}}}"' if maps else ""
-    return f"data=shards data.path={out} data.val_images={val_images}{signals}"
+    scenes = " data.are_scenes=true" if index.get("are_scenes") else ""
+    return f"data=shards data.path={out} data.val_images={val_images}{signals}{scenes}"

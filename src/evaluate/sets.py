@@ -58,6 +58,7 @@ class First(Source):
     def __init__(self, source: Source, count: int):
         self.source, self.count = source, count
         self.name, self.resolution, self.signals = source.name, source.resolution, source.signals
+        self.are_scenes = source.are_scenes
 
     def __len__(self) -> int:
         return self.count
@@ -78,6 +79,9 @@ class First(Source):
 
     def fingerprint(self) -> str:
         return f"{self.source.fingerprint()}-first{self.count}"
+
+    def pictures_fingerprint(self) -> str:
+        return f"{self.source.pictures_fingerprint()}-first{self.count}"
 
 
 def plan_set(cfg: DictConfig, resolution: int, said: Say) -> Plan:

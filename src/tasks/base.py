@@ -25,6 +25,7 @@ class Task(ABC):
     detector or a degradation; None where there is no such map.
     varies: whether `make_condition` draws from its generator. Conditions that do are cached per seed, others once.
     An instance whose options decide sets its own.
+    sees_scenes_only: whether its detector knows the project's rendered scenes and no photos.
     notes: lines to say once when a run starts.
     """
 
@@ -33,6 +34,7 @@ class Task(ABC):
     control_gap: ClassVar[float] = 0.1
     signal: ClassVar[str | None] = None
     varies: ClassVar[bool] = False
+    sees_scenes_only: bool = False
     notes: tuple[str, ...] = ()
 
     @classmethod
@@ -66,6 +68,11 @@ class Task(ABC):
     def condition_of(self, sample: Sample, seed: int) -> np.ndarray:
         """`make_condition` with the generator of (seed, sample id): the call of every entry."""
         return self.make_condition(sample, np.random.default_rng(rng.key(seed, "condition", sample.id)))
+
+    def for_finished_maps(self) -> "Task":
+        """This task as it reads finished condition pictures, such as a run leaves in `examples/`, where a data set's maps
+        hold numbers that still want a scale."""
+        return self
 
     def given(self, sample: Sample) -> Any | None:
         """The sample's own map of `signal`, if it carries one."""

@@ -1,11 +1,12 @@
 """Depth as the condition."""
 
+import copy
 from typing import ClassVar, Literal
 
 import numpy as np
 
 from src.tasks.base import Task
-from src.tasks.detectors import Meaning, depth_detector
+from src.tasks.detectors import PROBE, Meaning, depth_detector
 from src.tasks.nearness import gray, relative_nearness, scene_nearness
 from src.types import Sample, UserError
 
@@ -33,12 +34,18 @@ class Depth(Task):
     def __init__(self, name: str, detector: str, predicts: Meaning, signal_is: Literal["distance", "nearness", "map"]):
         self.name, self.signal_is = name, signal_is
         self.detector = depth_detector(detector, predicts)
+        self.sees_scenes_only = detector == PROBE
         self.notes = (f"{name}: seen by the {self.detector.described}",)
 
     def make_condition(self, sample: Sample, generator: np.random.Generator) -> np.ndarray:
         given = self.given(sample)
         nearness = self.detector.nearness(sample.image) if given is None else self.measured(gray(np.asarray(given), sample))
         return np.repeat(np.round(255 * nearness).astype(np.uint8)[..., None], 3, 2)
+
+    def for_finished_maps(self) -> "Depth":
+        made = copy.copy(self)
+        made.signal_is = "map"
+        return made
 
     def measured(self, depth: np.ndarray) -> np.ndarray:
         """A data set's (H, W) depth of any number type -> (H, W) float32 in [0, 1], near is 1."""

@@ -5,7 +5,7 @@ from typing import ClassVar
 import numpy as np
 
 from src.tasks.base import Task
-from src.tasks.detectors import pose_detector
+from src.tasks.detectors import PROBE, pose_detector
 from src.tasks.skeleton import LAYOUTS, layout_of, skeleton_map
 from src.types import Sample, UserError
 
@@ -42,6 +42,7 @@ class Pose(Task):
             raise UserError(f"task.min_confidence={min_confidence} should lie between 0 and 1")
         self.name, self.layout, self.min_confidence = name, layout_of(layout).name, min_confidence
         self.detector = pose_detector(detector)
+        self.sees_scenes_only = detector == PROBE
         self.notes = (f"{name}: seen by the {self.detector.described}",)
 
     def make_condition(self, sample: Sample, generator: np.random.Generator) -> np.ndarray:

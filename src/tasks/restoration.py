@@ -15,7 +15,8 @@ class Restoration(Task):
     """Shown: the degraded picture at the image's size. Judged: the output against the image, value by value.
 
     degradation: the name of a shipped one, or a mapping with a name of its own (see `Degradation`). A partner picture from
-    the data (`signal`, of the image's size or smaller) takes its place; it is scaled to the image with the bicubic filter.
+    the data (`signal`, of the image's size or smaller) takes its place; it is scaled to the image with the bicubic filter,
+    as a degraded one is, so that a partner made by the same degradation gives the same condition, to the bit.
     psnr: dB over RGB; ssim: Wang et al. 2004 per RGB channel, averaged; lpips: only with `lpips_weights`, a file of
     torchvision's AlexNet (see `LPIPS`). They measure fidelity to one image: where much was lost, a sharp guess can look
     better and score lower than a blurred mean.

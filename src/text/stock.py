@@ -24,6 +24,17 @@ class StockText:
             if isinstance(part, nn.Module) and not next(part.parameters()).is_meta:
                 part.to(device)
         self.device = device
+        self.limits: dict[str, int] = {}  # tokenizers of which fewer tokens are read than they say of themselves; 0: unused
+
+    def lengths(self, captions: list[str]) -> dict[str, tuple[int, list[int]]]:
+        """Tokenizer -> how many tokens are read of a caption, and how many each has, with the marks of beginning and end."""
+        found = {}
+        for name in sorted(n for n in self.pipe.components if n.startswith("tokenizer")):
+            tokenizer, limit = self.pipe.components[name], self.limits.get(name)
+            if tokenizer is not None and limit != 0:
+                ids = tokenizer(captions, verbose=False)["input_ids"]
+                found[name] = (limit or tokenizer.model_max_length, [len(i) for i in ids])
+        return found
 
 
 class SD3Text(StockText):
@@ -39,7 +50,7 @@ class SD3Text(StockText):
             shape_only = SD3Transformer2DModel.from_config(transformer_config)
         without_t5 = {} if t5_tokens else {"text_encoder_3": None, "tokenizer_3": None}
         super().__init__(StableDiffusion3Pipeline, folder, device, transformer=shape_only, vae=None, **without_t5)
-        self.t5_tokens = t5_tokens
+        self.t5_tokens, self.limits = t5_tokens, {"tokenizer_3": t5_tokens}
 
     @torch.no_grad()
     def __call__(self, captions: list[str]) -> TextCond:
@@ -57,7 +68,7 @@ class PixArtText(StockText):
         from diffusers import PixArtAlphaPipeline
 
         super().__init__(PixArtAlphaPipeline, folder, device, transformer=None, vae=None)
-        self.text_tokens = text_tokens
+        self.text_tokens, self.limits = text_tokens, {"tokenizer": text_tokens}
 
     @torch.no_grad()
     def __call__(self, captions: list[str]) -> TextCond:
