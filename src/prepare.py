@@ -6,7 +6,6 @@ is refused in one line with exit code 2; `check` ends with 1 where it found prob
 
 import json
 import os
-import platform
 import sys
 import tempfile
 import time
@@ -20,6 +19,7 @@ from src.config import ConfigError, cli, resolve_hardware
 from src.config.messages import nearest
 from src.construct import construct
 from src.data.tolerant import tolerant
+from src.profiling.device import processor
 from src.types import UserError
 
 VERBS = {  # verb -> the configuration that it composes, and what it is for
@@ -186,21 +186,12 @@ def _leave(verb: str, cfg: DictConfig, name: str, content: dict[str, Any], lines
 
     folder = new_run(cfg).folder
     sha, dirty = git_state(Path(__file__).parent)
-    processor = {"cores": os.cpu_count(), "processor": _processor()}
+    machine = {"cores": os.cpu_count(), "processor": processor()}
     command = command_line().replace("src.prepare", f"src.prepare {verb}", 1)  # `main` has taken the verb out of sys.argv
-    told = {"command": command, "git_sha": sha, "git_dirty": dirty, "machine": processor, "versions": environment()}
+    told = {"command": command, "git_sha": sha, "git_dirty": dirty, "machine": machine, "versions": environment()}
     write_atomic(folder / name, (json.dumps({**content, **told}, indent=1) + "\n").encode())
     for line in [*lines, f"numbers: {folder}/{name}", f"run: {folder}"]:
         say(line)
-
-
-def _processor() -> str:
-    """What /proc/cpuinfo calls it, or else what the platform does."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")), "unknown")
 
 
 if __name__ == "__main__":
