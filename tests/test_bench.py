@@ -483,12 +483,12 @@ try:
     runpy.run_module("src.bench", run_name="__main__", alter_sys=True)
 except SystemExit:
     pass
-heavy = ("pytorch_lightning", "diffusers", "transformers", "torchmetrics", "torchvision", "scipy")
+heavy = ("torch", "pytorch_lightning", "diffusers", "transformers", "torchmetrics", "torchvision", "scipy")
 print(json.dumps([name for name in heavy if name in sys.modules]))
 """
 
 
-@pytest.mark.parametrize("argument", ["--help", "hardware=h20"])
+@pytest.mark.parametrize("argument", ["--help", "hardware=h20", "hardwar=cpu"])
 def test_help_and_refusals_import_nothing_heavy(argument):
     done = subprocess.run(
         [sys.executable, "-c", LIGHT, argument], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True

@@ -173,7 +173,7 @@ def main(cfg: DictConfig, chosen: list[str]) -> None:
     hollow = hollow_adapter(backbone, lambda h: build.new_adapter(cfg, h, training=False), cfg.hardware.precision)
     if hollow.grad_through_backbone:
         raise UserError(f"adapter={cfg.adapter.name}: its gradient crosses the backbone; these switches are for adapter=unicon")
-    write(cfg, measured(cfg, backbone.facts, chosen or list(SWITCHES)))
+    write(cfg, measured(cfg, backbone.facts, chosen or list(SWITCHES)), chosen)
 
 
 def measured(cfg: DictConfig, facts: Any, names: list[str], rounds: int = ROUNDS, warm_up: int = WARM_UP) -> dict[str, Any]:
@@ -197,12 +197,13 @@ def measured(cfg: DictConfig, facts: Any, names: list[str], rounds: int = ROUNDS
     return found
 
 
-def write(cfg: DictConfig, found: dict[str, Any]) -> Path:
-    """Leave speed.json below `output_dir`. -> its folder."""
+def write(cfg: DictConfig, found: dict[str, Any], chosen: list[str]) -> Path:
+    """Leave speed.json below `output_dir`. -> its folder. chosen: names that were typed."""
     from src.bench.flags import torch_flags
     from src.profiling.device import device_name
     from src.results import command_line, environment, git_state
 
+    typed = " ".join(["src.bench.speed", *([",".join(chosen)] if chosen else [])])
     sha, dirty = git_state(ROOT)
     folder = Path(cfg.output_dir) / f"speed_{cfg.adapter.name}_{cfg.backbone.name}"
     folder /= datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")
@@ -217,7 +218,7 @@ def write(cfg: DictConfig, found: dict[str, Any]) -> Path:
         "git_sha": sha,
         "git_dirty": dirty,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": command_line(),
+        "command": command_line().replace("src.bench.speed", typed, 1),  # the names were taken out of sys.argv
     }
     (folder / "speed.json").write_text(json.dumps(told, indent=1))
     print(f"run: {folder}", flush=True)

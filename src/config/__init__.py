@@ -25,8 +25,8 @@ from src.config.compose import COMMAND_LINE, CONF, Request, compose
 from src.config.messages import ConfigError, Incompatible, Unsupported, Where, key_is
 from src.config.older import brought_up
 from src.config.rules import NOT_SCIENCE, accumulation, check_together, config_sha, resolve_hardware, science_diff
-from src.config.schema import SCHEMAS, ExportConfig, PrepareConfig, SampleConfig, TrainConfig
-from src.types import UserError
+from src.config.schema import SCHEMAS, ExportConfig, PrepareConfig, SampleConfig, TrainConfig, only
+from src.vocabulary import UserError
 
 if TYPE_CHECKING:
     from src.sweep.cells import Sweep
@@ -70,6 +70,8 @@ def preflight(config_name: str, argv: list[str], config_dir: str | Path = CONF) 
     # the plugin of submitit knows the keys of conf/hydra/launcher/submitit_*.yaml; Hydra checks them, and means to stop that
     warnings.filterwarnings("ignore", message="(?s).*validated against ConfigStore schema with the same name")
     args, sweep = get_args_parser().parse_args(argv), None
+    if args.help:
+        only(config_name)
     if args.help or args.hydra_help or args.shell_completion or args.info or args.experimental_rerun:
         return None
     if args.config_path:  # Hydra reads it relative to the file of the task function, which is this one

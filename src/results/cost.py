@@ -11,11 +11,11 @@ from src.results.files import read_row, write_row
 MEMORY = ("frozen_weights", "trainable_weights", "gradients", "optimizer", "ema", "activations", "temporaries")
 FLOPS = ("frozen_forward", "adapter_forward", "backward", "optimizer")
 PHASES = ("forward", "backward", "optimizer", "total")
-# without these a time or a peak says nothing
+# without these a time or a peak says nothing; rows also carry `overlap`, which is false in each: a cell cannot have it
 FLAGS = (
     "precision", "attention", "attention_enabled", "compile", "cuda_graphs", "checkpointing", "optimizer", "optimizer_kernel",
     "tf32_matmul", "tf32_conv", "cudnn_benchmark", "cudnn_deterministic", "channels_last", "micro_batch", "threads", "naive",
-    "quantize", "clip_norm", "overlap",
+    "quantize", "clip_norm",
 )  # fmt: skip
 
 
