@@ -70,8 +70,6 @@ def preflight(config_name: str, argv: list[str], config_dir: str | Path = CONF) 
     # the plugin of submitit knows the keys of conf/hydra/launcher/submitit_*.yaml; Hydra checks them, and means to stop that
     warnings.filterwarnings("ignore", message="(?s).*validated against ConfigStore schema with the same name")
     args, sweep = get_args_parser().parse_args(argv), None
-    if args.help:
-        only(config_name)
     if args.help or args.hydra_help or args.shell_completion or args.info or args.experimental_rerun:
         return None
     if args.config_path:  # Hydra reads it relative to the file of the task function, which is this one
@@ -105,6 +103,8 @@ def cli(config_name: str, main: Callable[[DictConfig], Any]) -> None:
     process of its own (src/sweep), whatever launches it.
     """
     sweep = preflight(config_name, sys.argv[1:])
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        only(config_name)
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra otherwise ends on any exception itself, with exit code 1
 
     @functools.wraps(main)
