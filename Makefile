@@ -32,18 +32,34 @@ study-small: $(STAMP) ## the whole chain: three methods trained, measured, evalu
 	$(BIN)/python -m src.evaluate run=$(STUDY) n=256 output_dir=$(STUDY)/evaluations
 	$(BIN)/python -m src.report runs=[$(STUDY)] out=$(STUDY)/report
 
-cost-table: $(STAMP) ## what every method costs on full-size backbones, estimated; 15 minutes
+cost-table: $(STAMP) ## what every method costs on full-size backbones, estimated; 20 minutes
 	$(BIN)/python -m src.bench.table runs/cost
 	$(BIN)/python -m src.report runs=[runs/cost] out=runs/cost/report
 
 GPU := runs/bench_gpu
+# the environment of a bare `pip install .` is enough; one that is there already: make bench-gpu BENCH_PYTHON=python3
+BENCH_PYTHON ?= $(BIN)/python
+MINIMAL := $(VENV)/.installed_minimal
+BENCH_READY := $(if $(filter $(BIN)/python,$(BENCH_PYTHON)),$(MINIMAL))
+CELLS := $(BENCH_PYTHON) -m src.bench -m hardware=auto mode=measure output_dir=$(GPU)
+GO_ON := || echo "bench-gpu: not everything of the last command ended well, as it says above; the next one goes on" >&2
 
-bench-gpu: $(STAMP) ## memory and speed on this machine's GPU, in about 10 minutes; needs neither wandb nor clean-fid
-	$(BIN)/python -m src.bench -m backbone=pixart_alpha adapter=unicon,unicon_half,dit_controlnet,t2i_adapter hardware=auto resolution=512 batch=8 hardware.checkpointing=none,both mode=measure output_dir=$(GPU)
-	$(BIN)/python -m src.bench -m backbone=sd3_medium adapter=unicon_half,dit_controlnet hardware=auto resolution=1024 batch=4 mode=measure output_dir=$(GPU)
-	$(BIN)/python -m src.bench -m backbone=sd21 adapter=unicon_half,controlnet hardware=auto resolution=512 batch=8 mode=measure output_dir=$(GPU)
-	$(BIN)/python -m src.bench.speed fused,compiled,shared_4,cached,together backbone=pixart_alpha backbone.source=random:pixart_alpha adapter=unicon_half resolution=512 hardware=auto
-	$(BIN)/python -m src.report runs=[$(GPU)] out=$(GPU)/report
+$(MINIMAL): pyproject.toml constraints.txt
+	@test -e $(STAMP) || { $(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .; }
+	@touch $@
+
+# Not run on a GPU so far: its minutes are a guess, and the compiled switches may take more of them.
+bench-gpu: $(BENCH_READY) ## memory and speed on this machine's GPU, in about 10 minutes; needs neither wandb nor clean-fid
+	$(CELLS) backbone=pixart_alpha resolution=512 batch=8 adapter=unicon,unicon_half,dit_controlnet,t2i_adapter $(GO_ON)
+	$(CELLS) backbone=pixart_alpha resolution=512 batch=8 adapter=unicon_half,dit_controlnet hardware.checkpointing=adapter,both $(GO_ON)
+	$(CELLS) backbone=sd3_medium resolution=1024 batch=4 adapter=unicon,unicon_half,dit_controlnet $(GO_ON)
+	$(CELLS) backbone=sd21 resolution=512 batch=8 adapter=unicon_half,controlnet $(GO_ON)
+	$(CELLS) backbone=pixart_alpha resolution=512 batch=8 floor=true what=training,inference steps=10 repeats=5 $(GO_ON)
+	$(CELLS) backbone=sd3_medium resolution=1024 batch=4 floor=true $(GO_ON)
+	$(CELLS) backbone=pixart_alpha resolution=512 batch=8 adapter=unicon_half,dit_controlnet what=inference steps=10 repeats=5 $(GO_ON)
+	$(BENCH_PYTHON) -m src.bench.speed fused,adamw8bit,fp8,overlap,shared_4,cached,reuse_4,compiled,graphs,together backbone=pixart_alpha adapter=unicon_half resolution=512 hardware=auto logger=local output_dir=$(GPU) $(GO_ON)
+	$(BENCH_PYTHON) -m src.report runs=[$(GPU)] out=$(GPU)/report $(GO_ON)
+	$(BENCH_PYTHON) -m src.bench.markdown $(GPU) $(GO_ON)
 
 soak: $(STAMP) ## a long training with random kills beside one without: equal to the bit, or not
 	$(BIN)/python -m tests.fault.soak --steps 4000 --kills 12 --out runs/soak.json

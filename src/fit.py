@@ -1,7 +1,8 @@
 """Does a training fit the memory of its device, and if not, what would make it fit. Told before any weight is read.
 
-Every way out is one more estimate (about five seconds for a full-size model). Ways that leave the result as it is come first
-and are all that `hardware.fit=auto` takes by itself; the others are only ever suggested.
+Every way out is one more estimate (about five seconds for a full-size model), made when it is its turn and never twice. Ways
+that leave the result as it is come first and are all that `hardware.fit=auto` takes by itself; the others are only ever
+suggested. Each single way that would do is named; several at once are tried where no single one does.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,7 +18,6 @@ from src.profiling.memory import MemoryEstimate, describe, estimate_for
 from src.profiling.optimizer import ADAMW, model_of
 from src.types import UserError
 
-ENOUGH = 4  # ways out that fit are reason to stop looking
 ADAM8BIT = "bitsandbytes.optim.AdamW8bit"
 Estimate = Callable[[DictConfig], MemoryEstimate]
 
@@ -31,6 +31,10 @@ class WayOut:
     cfg: DictConfig
     estimate: MemoryEstimate
     neutral: bool
+
+    def fits(self, memory_gib: float) -> bool:
+        """Whether the estimate is within the memory."""
+        return self.estimate.peak_gib <= memory_gib
 
     def __str__(self) -> str:
         return f"{self.typed} ({self.estimate.peak_gib:.1f} GiB{'' if self.neutral else ', another result'})"
@@ -63,34 +67,33 @@ def fit(cfg: DictConfig, backbone: Backbone, estimate: Estimate) -> DictConfig:
         return cfg
     surplus = found.peak_gib - hardware.memory_gib
     fault = f"training should take {found.peak_gib:.1f} GiB, {surplus:.1f} more than hardware={hardware.name} has"
-    if hardware.fit == "auto":
-        for way in neutral_ways(cfg, found, estimate):
-            if way.estimate.peak_gib <= hardware.memory_gib:
-                print(f"{fault}: hardware.fit=auto takes {way}", flush=True)
-                return way.cfg
-    ways, short = [], []
-    for way in (*neutral_ways(cfg, found, estimate), *other_ways(cfg, backbone, estimate)):
-        (ways if way.estimate.peak_gib <= hardware.memory_gib else short).append(way)
-        if len(ways) == ENOUGH:
-            break
-    line = f"{fault}; {advice(ways, short)}"
+    tried: list[WayOut] = []
+    for way in neutral_ways(cfg, found, estimate):
+        tried.append(way)
+        if hardware.fit == "auto" and way.fits(hardware.memory_gib):
+            print(f"{fault}: hardware.fit=auto takes {way}", flush=True)
+            return way.cfg
+    tried += other_ways(cfg, backbone, estimate)
+    if not any(way.fits(hardware.memory_gib) for way in tried):
+        tried.append(all_at_once(cfg, estimate))
+    line = f"{fault}; {advice(tried, hardware.memory_gib)}"
     if hardware.fit != "warn":
         raise UserError(line)
     print(f"note: {line}", flush=True)
     return cfg
 
 
-def advice(ways: list[WayOut], short: list[WayOut]) -> str:
+def advice(tried: list[WayOut], memory_gib: float) -> str:
     """What fits, or how near the nearest comes."""
-    if ways:
+    if ways := [way for way in tried if way.fits(memory_gib)]:
         return f"it would fit with {' or '.join(map(str, ways))}"
-    nearest = min(short, key=lambda way: way.estimate.peak_gib, default=None)
-    tried = "nothing tried fits" if nearest is None else f"nothing tried fits, the nearest is {nearest}"
-    return f"{tried}; use a larger device or a smaller backbone"
+    nearest = min(tried, key=lambda way: way.estimate.peak_gib)
+    return f"nothing tried fits, the nearest is {nearest}; use a larger device or a smaller backbone"
 
 
 def neutral_ways(cfg: DictConfig, found: MemoryEstimate, estimate: Estimate) -> Iterator[WayOut]:
-    """Fewer images at once, recomputed blocks, and both: more time, the same result. found: the estimate of cfg itself."""
+    """Fewer images at once; recomputed blocks, of no more networks than it takes; and both, where neither does: more time, the
+    same result. found: the estimate of cfg itself."""
 
     def way(**hardware: Any) -> WayOut:
         other = changed(cfg, {f"hardware.{k}": v for k, v in hardware.items()})
@@ -99,14 +102,16 @@ def neutral_ways(cfg: DictConfig, found: MemoryEstimate, estimate: Estimate) -> 
     if never_below(found) > cfg.hardware.memory_gib:
         return
     scopes = {"none": ("adapter", "both"), "adapter": ("both",)}.get(cfg.hardware.checkpointing, ())
-    single = None
+    limit, single, fits = cfg.hardware.memory_gib, None, False
     if cfg.hardware.micro_batch > 1:
         single = way(micro_batch=1)
         between = _largest_that_fits(cfg, found, single.estimate)
         yield way(micro_batch=between) if between > 1 else single
     for scope in scopes:
-        yield way(checkpointing=scope)
-    if scopes and single is not None and single.estimate.peak_gib > cfg.hardware.memory_gib:
+        yield (recomputed := way(checkpointing=scope))
+        if fits := recomputed.fits(limit):
+            break
+    if scopes and single is not None and not single.fits(limit) and not fits:
         yield way(micro_batch=1, checkpointing=scopes[-1])
 
 
@@ -127,26 +132,39 @@ def _largest_that_fits(cfg: DictConfig, found: MemoryEstimate, single: MemoryEst
 
 
 def other_ways(cfg: DictConfig, backbone: Backbone, estimate: Estimate) -> Iterator[WayOut]:
-    """An optimizer, a method, both with all that is neutral, and a resolution; each of them trains something else."""
+    """An optimizer, a method and a resolution; each of them trains something else."""
 
     def way(typed: str, changes: dict[str, Any]) -> WayOut:
         other = changed(cfg, changes)
         return WayOut(typed, other, estimate(other), False)
 
-    everything, typed = {"hardware.micro_batch": 1, "hardware.checkpointing": "both"}, []
-    if "8bit" not in cfg.optimizer.algorithm["_target_"] and cfg.hardware.accelerator == "gpu":
-        typed.append("optimizer=adamw8bit")
-        everything["optimizer.algorithm._target_"] = ADAM8BIT
-        yield way(typed[-1], {"optimizer.algorithm._target_": ADAM8BIT})
-    half = load("train", ["adapter=unicon_half"]).adapter
-    if cfg.adapter.name != half.name:
-        typed.append(f"adapter={half.name}")
-        everything["adapter"] = half
-        yield way(typed[-1], {"adapter": half})
-    yield way(" ".join([*typed, "hardware.micro_batch=1", "hardware.checkpointing=both"]), everything)
+    for typed, changes in _smaller(cfg).items():
+        yield way(typed, changes)
     multiple = backbone.facts.multiple
     if (side := cfg.resolution // 2 // multiple * multiple) >= multiple:
         yield way(f"resolution={side}", {"resolution": side})
+
+
+def all_at_once(cfg: DictConfig, estimate: Estimate) -> WayOut:
+    """A smaller optimizer and method with all that is neutral: what takes least at this resolution."""
+    smaller = _smaller(cfg)
+    changes: dict[str, Any] = {"hardware.micro_batch": 1, "hardware.checkpointing": "both"}
+    for some in smaller.values():
+        changes |= some
+    other = changed(cfg, changes)
+    typed = " ".join([*smaller, "hardware.micro_batch=1", "hardware.checkpointing=both"])
+    return WayOut(typed, other, estimate(other), not smaller)
+
+
+def _smaller(cfg: DictConfig) -> dict[str, dict[str, Any]]:
+    """What to write -> the keys that it changes, of an optimizer and a method that take less than the configuration's."""
+    found: dict[str, dict[str, Any]] = {}
+    if "8bit" not in cfg.optimizer.algorithm["_target_"] and cfg.hardware.accelerator == "gpu":
+        found["optimizer=adamw8bit"] = {"optimizer.algorithm._target_": ADAM8BIT}
+    half = load("train", ["adapter=unicon_half"]).adapter
+    if cfg.adapter.name != half.name:
+        found[f"adapter={half.name}"] = {"adapter": half}
+    return found
 
 
 def changed(cfg: DictConfig, changes: dict[str, Any]) -> DictConfig:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from src.types import UserError
+from src.vocabulary import TIME_LAWS
 
-TIME_LAWS = ("native", "cubic")
 FLOW_WEIGHT_CAP = 25.0  # an all but pure noise says nothing of x0, however much an error there would weigh
 
 

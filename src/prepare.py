@@ -6,7 +6,6 @@ is refused in one line with exit code 2; `check` ends with 1 where it found prob
 
 import json
 import os
-import platform
 import sys
 import tempfile
 import time
@@ -21,6 +20,7 @@ from src.config.messages import nearest
 from src.construct import construct
 from src.data.source import faults_kept
 from src.data.tolerant import tolerant
+from src.profiling.device import device_name, processor
 from src.types import UserError
 
 VERBS = {  # verb -> the configuration that it composes, and what it is for
@@ -190,9 +190,9 @@ def _leave(verb: str, cfg: DictConfig, name: str, content: dict[str, Any], lines
 
     folder = new_run(cfg).folder
     sha, dirty = git_state(Path(__file__).parent)
-    processor = {"cores": os.cpu_count(), "processor": _processor(), "device": _device()}
+    machine = {"cores": os.cpu_count(), "processor": processor(), "device": _device()}
     command = command_line().replace("src.prepare", f"src.prepare {verb}", 1)  # `main` has taken the verb out of sys.argv
-    told = {"command": command, "git_sha": sha, "git_dirty": dirty, "machine": processor, "versions": environment()}
+    told = {"command": command, "git_sha": sha, "git_dirty": dirty, "machine": machine, "versions": environment()}
     write_atomic(folder / name, (json.dumps({**content, **told}, indent=1) + "\n").encode())
     for line in [*lines, f"numbers: {folder}/{name}", f"run: {folder}"]:
         say(line)
@@ -201,18 +201,7 @@ def _leave(verb: str, cfg: DictConfig, name: str, content: dict[str, Any], lines
 def _device() -> str:
     """What computed: a GPU where this process has used one, else the processor."""
     torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized():
-        return torch.cuda.get_device_name()
-    return f"cpu: {_processor()}"
-
-
-def _processor() -> str:
-    """What /proc/cpuinfo calls it, or else what the platform does."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")), "unknown")
+    return device_name(torch is not None and torch.cuda.is_initialized())
 
 
 if __name__ == "__main__":

@@ -11,18 +11,10 @@ from torch import Tensor
 
 from src.objectives import FlowMatching, Objective
 from src.types import Features, TextCond, UserError
+from src.vocabulary import OWN, SOLVERS
 
 T = TypeVar("T")
 Predict = Callable[[Tensor, Tensor, TextCond, Features | None], Tensor]
-OWN = "auto"  # the solver that every other entry draws with
-SOLVERS: dict[str, tuple[str, ...]] = {  # name -> kinds of models that it can solve
-    OWN: ("flow", "diffusion"),
-    "euler": ("flow",),
-    "heun": ("flow",),  # two predictions per step
-    "ddim": ("diffusion",),
-    "dpmpp_2m": ("flow", "diffusion"),
-    "unipc": ("flow", "diffusion"),
-}
 
 
 def solver_for(objective: Objective, scheduler: Any, solver: str = OWN) -> Any:

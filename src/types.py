@@ -8,20 +8,17 @@ t outside a backbone is float in [0, 1], and 1 is pure noise.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-ConditionSpace = Literal["latent", "pixel"]
-Checkpointing = Literal["none", "adapter", "both"]  # whose blocks are recomputed in the backward pass
-Compile = Literal["none", "frozen", "all"]  # whose blocks torch.compile takes
-Fit = Literal["refuse", "warn", "auto"]  # what a training does that should not fit the memory
+from src.vocabulary import Checkpointing, Compile, ConditionSpace, Fit, UserError
+
+__all__ = ["Checkpointing", "Compile", "ConditionSpace", "Fit", "UserError"]  # from here, too, for whoever has torch anyway
+__all__ += ["TENSORS", "BackboneFacts", "Batch", "Features", "Sample", "StreamState", "TextCond"]
+
 Features = Tensor | tuple[Tensor, ...]  # what an adapter computes from a condition: one tensor, or one per scale
-
-
-class UserError(Exception):
-    """Something the person at the keyboard can mend: printed as one line, exit code 2, no traceback."""
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,12 @@ from torch import nn
 
 from src.bench import cell as cells
 from src.bench.estimate import estimate, hollow
-from src.bench.measure import measure, spread
+from src.bench.measure import device_memory, measure, spread
 from src.bench.plan import plan, rates_of
 from src.bench.work import Drawing, watch_drawing
 from src.config import load
 from src.profiling.counter import OpCounter, Rates, aten
+from src.profiling.device import processor
 from src.profiling.optimizer import ADAMW, FUSED_ADAMW, model_of, prime, state_tensors
 from src.profiling.tracker import CATEGORIES
 from src.results import read_cost
@@ -135,9 +136,9 @@ def test_drawing_is_estimated_as_it_is(adapter, backbone):
     assert told["flops"]["adapter_forward"] == 2 * single["flops"]["adapter_forward"]
     assert told["flops"]["condition"] == single["flops"]["condition"]  # once per image, guided or not
     step = real["latency_ms"]["step"]["median"]
-    assert real["latency_ms"]["image"]["median"] == pytest.approx(
-        (2 * step + real["latency_ms"]["condition"]["median"]) / 2, rel=1e-6
-    )
+    whole = real["latency_ms"]["batch"]["median"]
+    assert whole == pytest.approx(2 * step + real["latency_ms"]["condition"]["median"], rel=1e-6)  # two solver steps
+    assert real["img_per_s"] == pytest.approx(1000 * 2 / whole)  # of two pictures
 
 
 @pytest.mark.parametrize("what", ["training", "inference"])
@@ -346,6 +347,9 @@ def test_memory_is_linear_in_the_batch():
         (["hardware=h200", "mode=measure"], "write hardware=cpu"),
         (["hardware=h200", "hardware.devices=2"], "hardware.devices=1"),
         (["hardware=h200", "hardware.rates.gpu=null"], "hardware.rates has no gpu"),
+        (["hardware.overlap=true"], "python -m src.bench.speed overlap"),
+        (["hardware.compile=frozen"], "write mode=measure, or hardware.compile=none"),
+        (["backbone=sd21_tiny", "hardware.channels_last=true"], "write mode=measure, or hardware.channels_last=false"),
     ],
 )
 def test_refusals(overrides, said, monkeypatch):
@@ -390,6 +394,19 @@ def test_every_gpu_profile_names_its_rates(profile):
     assert rates_of(load("bench", ["hardware=cpu"]).hardware) is None
 
 
+def test_a_measured_cell_may_have_the_switches_that_an_estimate_refuses():
+    assert planned("hardware=cpu", "mode=measure", "hardware.compile=frozen").cfg.hardware.compile == "frozen"
+
+
+def test_the_drivers_peak_is_what_it_counts_beside_the_allocator_and_the_allocators_peak(monkeypatch):
+    known = {"max_memory_allocated": 5, "max_memory_reserved": 8, "memory_reserved": 6}
+    for name, gib in known.items():
+        monkeypatch.setattr(torch.cuda, name, lambda _device, gib=gib: gib * 2**30)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (91 * 2**30, 100 * 2**30))
+    found = device_memory(torch.device("cuda", 0))["device_memory_gib"]
+    assert found == {"allocated": 5, "reserved": 8, "driver": 3 + 8}  # 9 in use now, of which 6 are the allocator's
+
+
 def test_spread():
     assert spread([4.0, 1.0, 3.0, 2.0, 5.0]) == {"median": 3.0, "quartiles": [2.0, 4.0], "n": 5}
 
@@ -413,7 +430,8 @@ def test_an_estimate_through_the_entry(tmp_path):
 def test_a_measurement_through_the_entry(tmp_path, capsys):
     folder = cells.run(load("bench", [*TINY, "mode=measure", "adapter=unicon_half", f"output_dir={tmp_path}", "repeats=3"]))
     row = read_cost(folder / "results.json")
-    assert (row.mode, row.device, row.mfu, row.device_memory_gib) == ("measure", "cpu", None, None)
+    assert (row.mode, row.device, row.mfu, row.device_memory_gib) == ("measure", f"cpu: {processor()}", None, None)
+    assert row.flags["overlap"] is False
     assert row.flags["optimizer_kernel"] == "for_loop"
     assert row.flags["attention"] == "flash_cpu"
     assert row.predicted["peak_mem_gib"] == pytest.approx(row.peak_mem_gib, rel=0.01)
@@ -465,12 +483,12 @@ try:
     runpy.run_module("src.bench", run_name="__main__", alter_sys=True)
 except SystemExit:
     pass
-heavy = ("pytorch_lightning", "diffusers", "transformers", "torchmetrics", "torchvision", "scipy")
+heavy = ("torch", "pytorch_lightning", "diffusers", "transformers", "torchmetrics", "torchvision", "scipy")
 print(json.dumps([name for name in heavy if name in sys.modules]))
 """
 
 
-@pytest.mark.parametrize("argument", ["--help", "hardware=h20"])
+@pytest.mark.parametrize("argument", ["--help", "hardware=h20", "hardwar=cpu"])
 def test_help_and_refusals_import_nothing_heavy(argument):
     done = subprocess.run(
         [sys.executable, "-c", LIGHT, argument], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True

@@ -28,12 +28,16 @@ class Asked:
     known: ClassVar[dict] = {}
 
     def __init__(self, backbone):
-        self.backbone, self.count = backbone, 0
+        self.backbone, self.seen = backbone, []
+
+    @property
+    def count(self):
+        return len(self.seen)
 
     def __call__(self, cfg):
-        self.count += 1
         hardware = (cfg.hardware[k] for k in ("micro_batch", "checkpointing", "precision"))
         key = (cfg.adapter.name, cfg.resolution, cfg.optimizer.algorithm["_target_"], *hardware)
+        self.seen.append(key)
         if key not in self.known:
             self.known[key] = fit.training_estimate(cfg, self.backbone)
         return self.known[key]
@@ -88,8 +92,39 @@ def test_a_refusal_says_by_how_much_and_what_would_fit_each_with_its_estimate(ba
     assert "\n" not in line
     assert f"training should take {sizes[0]:.1f} GiB, {sizes[0] - limit:.1f} more than hardware=cpu has" in line
     assert "hardware.micro_batch=" in line
-    assert "hardware.checkpointing=both (" in line
+    assert "hardware.checkpointing=" in line
     assert line.index("hardware.micro_batch=") < line.index("another result")  # what changes no result comes first
+
+
+def test_each_way_that_fits_is_named_and_none_is_estimated_twice(backbone):
+    cfg = configured("hardware=gpu_24g", "hardware.precision=32-true", "hardware.micro_batch=16", "adapter=unicon")
+    full = Asked(backbone)(cfg)
+    # nothing but a little more than what the smaller optimizer saves: every other way saves more
+    saved = full.optimizer_gib * (1 - ADAMW_8BIT.state_bytes / 8)
+    asked = Asked(backbone)
+    with pytest.raises(UserError) as refused:
+        fit.fit(fit.changed(cfg, {"hardware.memory_gib": full.peak_gib - saved / 2}), backbone, asked)
+    line = str(refused.value)
+    for way in (
+        "hardware.micro_batch=",
+        "hardware.checkpointing=adapter",
+        "optimizer=adamw8bit",
+        "adapter=unicon_half",
+        "resolution=",
+    ):
+        assert f"{way}" in line, way
+    assert line.count(" GiB") == 1 + 5  # the fault, and an estimate for each
+    assert "micro_batch=1 hardware.checkpointing=both" not in line
+    # itself, one image, the largest batch that fits, adapter, 8 bits, half, resolution
+    assert asked.count == 7
+
+
+def test_auto_goes_on_from_what_it_has_tried(backbone, sizes):
+    asked = Asked(backbone)
+    cfg = configured(f"hardware.memory_gib={sizes[2]}", "hardware.fit=auto")
+    with pytest.raises(UserError, match="more than hardware=cpu has"):
+        fit.fit(cfg, backbone, asked)
+    assert len(asked.seen) == len(set(asked.seen))
 
 
 def test_where_weights_alone_are_too_much_no_neutral_way_is_tried_and_the_nearest_is_named(backbone, sizes):

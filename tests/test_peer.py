@@ -109,6 +109,15 @@ def test_both_command_lines_say_the_same(tmp_path):
     assert train.ema_decay == 0
 
 
+def test_a_gpu_profile_goes_to_our_side_as_it_is(tmp_path):
+    cfg = load("bench_peer", ["script=x", "hardware=h200", "batch=2"])
+    side = ours(cfg, tmp_path, "dit_controlnet", 3)
+    given = [w for w in side["argv"] if not w.startswith(("data", "validation.", "backbone.source"))]
+    own = load("train", ["hardware=h200"]).hardware
+    assert load("train", given).hardware == {**own, "micro_batch": 2}
+    assert own.rates.gpu == "H200"
+
+
 def test_recomputing_both_networks_is_refused_for_the_peer_cannot(tmp_path):
     cfg = load("bench_peer", ["script=x", "hardware=cpu", "hardware.checkpointing=both"])
     with pytest.raises(UserError, match="write adapter or none"):
@@ -123,6 +132,7 @@ def test_a_program_is_timed_behind_its_warm_up_and_stopped(tmp_path):
     assert all(t > 0 for t in result["step_ms"])
     assert result["cpu_ms"] > 0
     assert result["encoder_ms"] == 0
+    assert {"tf32_matmul", "cudnn_benchmark", "attention_enabled", "threads"} <= result["flags"].keys()
 
 
 def test_the_memory_of_a_step_is_the_bytes_of_its_tensors(tmp_path):
@@ -145,7 +155,7 @@ def test_rates_and_ratios_by_hand():
     def run(step_ms, encoder_ms, peak, cpu_ms):
         return {"step_ms": [step_ms] * 4, "encoder_ms": encoder_ms, "peak_gib": peak, "cpu_ms": cpu_ms}
 
-    runs = {PEER: [run(200, 400, 2.0, 900), run(400, 800, 2.0, 900)], "unicon": [run(100, 0, 1.0, 300), run(100, 0, 1.0, 450)]}
+    runs = {PEER: [run(200, 400, 2.0, 900), run(400, 800, 2.0, 900)], "unicon": [run(100, 0, 1.0, 300), run(100, 0, 1.5, 450)]}
     told = compare(runs, batch=8)
     assert told["sides"]["unicon"]["images_per_s"]["median"] == pytest.approx(80)
     assert told["sides"][PEER]["images_per_s"]["median"] == pytest.approx(30)  # of 40 and 20
@@ -155,7 +165,13 @@ def test_rates_and_ratios_by_hand():
     assert ratio["speed"]["quartiles"] == pytest.approx([2.5, 3.5])
     assert ratio["speed_without_encoder"]["median"] == pytest.approx(1.5)
     assert ratio["speed_by_processor_time"]["median"] == pytest.approx(2.5)
-    assert ratio["memory"] == pytest.approx(0.5)
+    assert ratio["memory"] == {"median": 0.625, "quartiles": [0.5625, 0.6875], "n": 2}
+    assert told["sides"]["unicon"]["peak_mem_gib"]["median"] == 1.25
+    for side in runs.values():
+        del side[1]["peak_gib"]  # as on a CPU, where one process of each side tells it
+    told = compare(runs, batch=8)
+    assert told["ratios"]["unicon"]["memory"] == {"median": 0.5, "quartiles": [0.5, 0.5], "n": 1}
+    assert told["ratios"]["unicon"]["speed"]["n"] == 2
 
 
 def test_a_missing_script_is_refused_with_the_one_that_is_meant():

@@ -15,6 +15,7 @@ from src.bench.flags import flags
 from src.bench.measure import kernel_of, measure
 from src.bench.plan import Cell, low_dtype, plan
 from src.bench.words import lines
+from src.profiling.device import device_name as name_of_device
 from src.results import CostResult, command_line, environment, git_state, write_cost
 from src.runs import new_run
 from src.support import NOT_OPTIONS
@@ -124,7 +125,7 @@ def device_name(cfg: DictConfig) -> str:
     """Where the numbers come from."""
     if cfg.mode == "estimate":
         return "none: tensors without data"
-    return torch.cuda.get_device_name() if cfg.hardware.accelerator == "gpu" else "cpu"
+    return name_of_device(cfg.hardware.accelerator == "gpu")
 
 
 def mfu(cell: Cell, found: dict[str, Any]) -> float | None:

@@ -40,25 +40,33 @@ def optimizer_kernel(algorithm: Any, on_gpu: bool) -> str:
     return "fused" if chosen.get("fused") else "foreach" if chosen.get("foreach") else "for_loop"
 
 
+def torch_flags() -> dict[str, Any]:
+    """Torch's own switches that times depend on, as they are in this process."""
+    tf32_matmul, tf32_conv = tf32()
+    return {
+        "attention_enabled": attention_enabled(),
+        "tf32_matmul": tf32_matmul,
+        "tf32_conv": tf32_conv,
+        "cudnn_benchmark": torch.backends.cudnn.benchmark,
+        "cudnn_deterministic": torch.backends.cudnn.deterministic,
+        "threads": torch.get_num_threads(),
+    }
+
+
 def flags(cfg: DictConfig, kernel: str | None, attention: Iterable[str]) -> dict[str, Any]:
     """The flags of a row. kernel: of the optimizer, None where nothing trains; attention: kernels that ran."""
-    hardware, (tf32_matmul, tf32_conv) = cfg.hardware, tf32()
-    return {
+    hardware = cfg.hardware
+    return torch_flags() | {
         "precision": hardware.precision,
         "attention": "+".join(sorted(attention)) or "none",
-        "attention_enabled": attention_enabled(),
         "compile": hardware.compile,
         "cuda_graphs": hardware.cuda_graphs,
         "checkpointing": hardware.checkpointing,
         "optimizer": cfg.optimizer.algorithm["_target_"] if kernel else "none",
         "optimizer_kernel": kernel or "none",
-        "tf32_matmul": tf32_matmul,
-        "tf32_conv": tf32_conv,
-        "cudnn_benchmark": torch.backends.cudnn.benchmark,
-        "cudnn_deterministic": torch.backends.cudnn.deterministic,
         "channels_last": hardware.channels_last,
+        "overlap": hardware.overlap,
         "micro_batch": cfg.batch,
-        "threads": torch.get_num_threads(),
         "naive": cfg.naive,
         "quantize": cfg.backbone.get("quantize"),
         "clip_norm": cfg.optimizer.clip_norm if kernel else None,

@@ -57,7 +57,7 @@ def main(cfg: DictConfig) -> None:
         sides = {PEER: theirs(cfg, world, script)}
         sides |= {adapter: ours(cfg, world, adapter, blocks) for adapter in cfg.adapters}
         runs = run_in_turns(cfg, sides, folder, world)
-    result = {"settings": settings(cfg, script, transformer, blocks), "runs": runs, **compare(runs, cfg.batch)}
+    result = {"kind": "peer", "settings": settings(cfg, script, transformer, blocks), "runs": runs, **compare(runs, cfg.batch)}
     (folder / "peer.json").write_text(json.dumps(result, indent=1))
     say(result)
     print(f"run: {folder}", flush=True)
@@ -96,7 +96,7 @@ def theirs(cfg: DictConfig, world: Path, script: Path) -> dict[str, Any]:
 def ours(cfg: DictConfig, world: Path, adapter: str, blocks: int) -> dict[str, Any]:
     """Our training's command line. The same number of blocks where the method is the peer's."""
     images = cfg.batch * (cfg.warm_up + cfg.steps + 1)
-    hardware = {k: v for k, v in cfg.hardware.items() if k not in ("name", "micro_batch") and v is not None}
+    hardware = {k: v for k, v in cfg.hardware.items() if k not in ("name", "micro_batch", "rates") and v is not None}
     words = {
         "adapter": adapter,
         "backbone": "sd3_medium",
@@ -133,7 +133,8 @@ def ours(cfg: DictConfig, world: Path, adapter: str, blocks: int) -> dict[str, A
 
 
 def run_in_turns(cfg: DictConfig, sides: dict[str, dict], folder: Path, world: Path) -> dict[str, list[dict]]:
-    """Every side once per repetition, one after the other. On a CPU once more, for the memory alone."""
+    """Every side once per repetition, one after the other. On a CPU once more, for the memory alone: it stands in the first of
+    a side's runs, and in no other."""
     on_gpu = cfg.hardware.accelerator == "gpu"
     common = {"device": "cuda" if on_gpu else "cpu", "threads": cfg.hardware.threads, "warm_up": cfg.warm_up}
     runs: dict[str, list[dict]] = {name: [] for name in sides}
@@ -144,8 +145,7 @@ def run_in_turns(cfg: DictConfig, sides: dict[str, dict], folder: Path, world: P
     if not on_gpu:
         for name, side in sides.items():
             peak = run_side(common | side | {"steps": 1, "memory": True}, folder / f"{name}-memory", world, cfg.timeout_s)
-            for run in runs[name]:
-                run.update(peak)
+            runs[name][0] |= peak
     return runs
 
 
@@ -170,8 +170,12 @@ def run_side(spec: dict[str, Any], base: Path, world: Path, timeout_s: float) ->
 
 
 def compare(runs: dict[str, list[dict]], batch: int) -> dict[str, Any]:
-    """Images/s and memory of each side, and ours over the peer's, pair by pair of neighbouring runs."""
+    """Images/s and memory of each side, and ours over the peer's, pair by pair of neighbouring runs. `n` of the memory: how
+    many runs have told theirs."""
     from src.bench.measure import spread
+
+    def told(run: dict) -> bool:
+        return "peak_gib" in run
 
     def rate(run: dict, encoder: bool = True) -> float:
         spent = sum(run["step_ms"]) - (0 if encoder else run["encoder_ms"])
@@ -181,7 +185,7 @@ def compare(runs: dict[str, list[dict]], batch: int) -> dict[str, Any]:
         name: {
             "images_per_s": spread([rate(run) for run in found]),
             "images_per_s_without_encoder": spread([rate(run, encoder=False) for run in found]),
-            "peak_mem_gib": max(run["peak_gib"] for run in found),
+            "peak_mem_gib": spread([run["peak_gib"] for run in found if told(run)]),
         }
         for name, found in runs.items()
     }
@@ -192,17 +196,18 @@ def compare(runs: dict[str, list[dict]], batch: int) -> dict[str, Any]:
             "speed": spread([rate(a) / rate(b) for a, b in pairs]),
             "speed_without_encoder": spread([rate(a, encoder=False) / rate(b, encoder=False) for a, b in pairs]),
             "speed_by_processor_time": spread([b["cpu_ms"] / a["cpu_ms"] for a, b in pairs]),
-            "memory": sides[name]["peak_mem_gib"] / sides[PEER]["peak_mem_gib"],
+            "memory": spread([a["peak_gib"] / b["peak_gib"] for a, b in pairs if told(a) and told(b)]),
         }
     return {"sides": sides, "ratios": ratios}
 
 
 def settings(cfg: DictConfig, script: Path, transformer: dict, blocks: int) -> dict[str, Any]:
-    """Everything that a reader needs to judge the comparison or to repeat it."""
-    import torch
-
+    """Everything that a reader needs to judge the comparison or to repeat it. Torch's switches stand in each run, as its
+    program has left them."""
+    from src.profiling.device import device_name
     from src.results import command_line, environment, git_state
 
+    on_gpu = cfg.hardware.accelerator == "gpu"
     sha, dirty = git_state(ROOT)
     return {
         "configuration": OmegaConf.to_container(cfg, resolve=True),
@@ -214,8 +219,8 @@ def settings(cfg: DictConfig, script: Path, transformer: dict, blocks: int) -> d
         "captions": "encoded before the first step on both sides",
         "optimizer": {"class": "AdamW", "lr": RATE, "betas": BETAS, "weight_decay": DECAY, "clip_norm": 1.0},
         "ema": False,
-        "memory": "largest allocation" if torch.cuda.is_available() else "live tensors in the largest moment of a step",
-        "device": torch.cuda.get_device_name() if cfg.hardware.accelerator == "gpu" else "cpu",
+        "memory": "largest allocation of a run" if on_gpu else "live tensors in the largest moment of a step",
+        "device": device_name(on_gpu),
         "versions": environment(),
         "git_sha": sha,
         "git_dirty": dirty,
@@ -229,13 +234,13 @@ def say(result: dict[str, Any]) -> None:
     for name, side in result["sides"].items():
         rate = side["images_per_s"]
         low, high = rate["quartiles"]
-        print(f"{name:<16} {rate['median']:8.2f} images/s [{low:.2f}, {high:.2f}]  {side['peak_mem_gib']:.3f} GiB")
+        print(f"{name:<16} {rate['median']:8.2f} images/s [{low:.2f}, {high:.2f}]  {side['peak_mem_gib']['median']:.3f} GiB")
     for name, ratio in result["ratios"].items():
         told = ", ".join(
             f"{words} {ratio[key]['median']:.2f}x [{ratio[key]['quartiles'][0]:.2f}, {ratio[key]['quartiles'][1]:.2f}]"
             for key, words in SPEEDS.items()
         )
-        print(f"{name} / {PEER}: {told}, memory {ratio['memory']:.2f}x")
+        print(f"{name} / {PEER}: {told}, memory {ratio['memory']['median']:.2f}x")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from src.bench.flags import torch_flags
 from src.bench.measure import Clock
 from src.profiling.tracker import GIB, StorageTracker
 
@@ -83,12 +84,14 @@ class Watch:
 
     def result(self) -> dict[str, Any]:
         """step_ms: each timed step; cpu_ms: the processor's time for all of them, which other programs on the machine do not
-        lengthen much; encoder_ms: in the autoencoder; peak_gib: the allocator's on a GPU, live tensors' on a CPU."""
+        lengthen much; encoder_ms: in the autoencoder; peak_gib: the allocator's on a GPU, live tensors' on a CPU; flags:
+        torch's switches as the program has set them."""
         if self.memory:
             return {"peak_gib": sum(self.tracker.peak.values()) / GIB}
         between = self.clock.between_ms
         step_ms = [between(a, b) for a, b in zip(self.marks, self.marks[1:], strict=False)]
         found = {"step_ms": step_ms, "encoder_ms": sum(between(*pair) for pair in self.encodings)}
+        found["flags"] = torch_flags()
         found["cpu_ms"] = 1000 * (self.processor[-1] - self.processor[0])
         return found | ({"peak_gib": torch.cuda.max_memory_allocated() / GIB} if self.clock.on_gpu else {})
 

@@ -4,11 +4,14 @@
     python -m src.bench.speed int8,fused,shared_4 adapter=unicon    some of them
 
 The other words are those of src.train. Plain and switched steps take turns, so that a machine that slows down slows both;
-what is told is the ratio of neighbours. The last line printed is `run: <folder>`; speed.json is there. Weights of full-size
-backbones are random: speed does not depend on them.
+what is told is the ratio of neighbours, and of the peaks in memory. Each side keeps its optimizer between its turns. The last
+line printed is `run: <folder>`; speed.json is there, and `python -m src.bench.markdown <folder>` makes a table of it. Weights
+of full-size backbones are random: speed does not depend on them.
 """
 
 import datetime
+import gc
+import importlib.util
 import json
 import sys
 from collections.abc import Callable
@@ -28,12 +31,14 @@ ROUNDS, WARM_UP = 15, 3  # pairs of steps that are timed, and steps of each befo
 
 @dataclass(frozen=True)
 class Switch:
-    """changes: dotted keys; shares: arguments of `measure_shared`; adapters: how many train together, the first of them timed
-    per adapter. refused: why a configuration cannot have it, or None."""
+    """changes: dotted keys; shares: arguments of `SharedSteps`; adapters: how many train together, timed per adapter; rounds:
+    steps of one turn, of the plain side too: more than one where a step works ahead for its next. refused: why a configuration
+    cannot have it, or None."""
 
     changes: dict[str, Any] = field(default_factory=dict)
     shares: dict[str, Any] = field(default_factory=dict)
     adapters: int = 1
+    rounds: int = 1
     refused: Callable[[DictConfig, Any], str | None] = lambda cfg, facts: None
 
 
@@ -50,12 +55,18 @@ def _hopper(cfg: DictConfig, facts: Any) -> str | None:
     return None if fits else "needs a Hopper GPU"
 
 
+def _eight_bit(cfg: DictConfig, facts: Any) -> str | None:
+    missing = importlib.util.find_spec("bitsandbytes") is None
+    return _gpu(cfg, facts) or ("bitsandbytes is not here: pip install bitsandbytes" if missing else None)
+
+
 def _maps(_cfg: DictConfig, facts: Any) -> str | None:
     return None if facts.spatial else "is for U-Nets"
 
 
 COMPILED = {"hardware.compile": "frozen"}
 FUSED = {"optimizer.algorithm.fused": True}
+EIGHT_BIT = {"optimizer.algorithm._target_": "bitsandbytes.optim.AdamW8bit"}
 PLAIN = Switch()
 # another way to be faster is another line here
 SWITCHES: dict[str, Switch] = {
@@ -65,69 +76,81 @@ SWITCHES: dict[str, Switch] = {
     "fp8": Switch({"backbone.quantize": "fp8"}, refused=_hopper),
     "channels_last": Switch({"hardware.channels_last": True}, refused=_maps),
     "fused": Switch(FUSED),
+    "adamw8bit": Switch(EIGHT_BIT, refused=_eight_bit),
     "shared_1": Switch(shares={"share": True}),
     "shared_2": Switch(shares={"share": True}, adapters=2),
     "shared_4": Switch(shares={"share": True}, adapters=4),
     "cached": Switch(shares={"cached": True}),
-    "overlap": Switch(shares={"overlap": True}, refused=_gpu),
+    "reuse_2": Switch(shares={"reuse": 2}),
+    "reuse_4": Switch(shares={"reuse": 4}),
+    "overlap": Switch(shares={"overlap": True}, rounds=4, refused=_gpu),
     "compiled_fused": Switch(COMPILED | FUSED),
     "together": Switch(COMPILED | FUSED, {"share": True}, adapters=4),
 }
 
 
 class Setting:
-    """Adapters on a backbone of their own, as a switch wants them; `time` takes a round of steps.
+    """Adapters on a backbone of their own, as a switch wants them, warm: their optimizers have their state.
 
-    A switch may replace the backbone's layers or compile its blocks, so it is never another setting's.
+    A switch may replace the backbone's layers or compile its blocks, so it is never another setting's. peak_bytes: of a step
+    in which nothing of another setting counts; pass_bytes: of the frozen features of a batch.
     """
 
-    def __init__(self, cfg: DictConfig, switch: Switch):
+    def __init__(self, cfg: DictConfig, switch: Switch, warm_up: int = WARM_UP):
         import torch
 
         from src import build
         from src.construct import construct
         from src.fit import changed
         from src.profiling.memory import blank_batch
+        from src.together.measure import SharedSteps
         from src.world import backbone_dtype, device_of
 
         self.switch, cfg = switch, changed(cfg, switch.changes)
         device = device_of(cfg)
+        others = _allocated(device)
         backbone = construct(cfg.backbone, resolution=cfg.resolution).load(device, backbone_dtype(cfg))
-        self.adapters = [build.new_adapter(cfg, backbone).to(device) for _ in range(switch.adapters)]
-        for adapter in self.adapters:
+        adapters = [build.new_adapter(cfg, backbone).to(device) for _ in range(switch.adapters)]
+        for adapter in adapters:
             build.speed_up(cfg, backbone, adapter)
         gen = torch.Generator().manual_seed(cfg.seed)
-        self.batch = blank_batch(backbone.facts, self.adapters[0].condition_space, cfg.hardware.micro_batch, cfg.resolution)
-        text = self.batch.text
-        for tensor in (self.batch.latents_BCHW, self.batch.noise_BCHW, self.batch.condition, text.tokens_BLD, text.pooled_BP):
+        batch = blank_batch(backbone.facts, adapters[0].condition_space, cfg.hardware.micro_batch, cfg.resolution)
+        text = batch.text
+        for tensor in (batch.latents_BCHW, batch.noise_BCHW, batch.condition, text.tokens_BLD, text.pooled_BP):
             if tensor is not None:
                 tensor.normal_(generator=gen)
-
-    def time(self, rounds: int = 1, warmup: int = 0) -> Any:
-        """-> `SharedCost` of some rounds."""
-        from src.together.measure import measure_shared
-
-        return measure_shared(self.adapters, self.batch, rounds=rounds, warmup=warmup, **{"share": False, **self.switch.shares})
+        self.steps = SharedSteps(adapters, batch, **{"share": False, **switch.shares})
+        for _ in range(max(1, warm_up)):
+            self.steps.round()
+        self.pass_bytes, self.peak_bytes = self.steps.pass_bytes, self.steps.peak_bytes() - others
 
 
-def pairs(plain: Setting, other: Setting, rounds: int = ROUNDS, warm_up: int = WARM_UP) -> dict[str, Any]:
-    """Plain and switched steps in turns. -> step_ms of both per adapter, their ratio (above 1: the switch is faster), peaks.
+def _allocated(device: Any) -> int:
+    """Bytes of tensors on a GPU now, those that nobody can reach any more left out; 0 on a CPU, where they are counted by
+    setting."""
+    import torch
 
-    The order within a pair changes from pair to pair. peak_bytes holds both settings' weights, on a GPU.
+    gc.collect()
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def pairs(plain: Setting, other: Setting, rounds: int = ROUNDS) -> dict[str, Any]:
+    """Plain and switched steps in turns. -> step_ms of both per adapter, their ratio (above 1: the switch is faster), peaks and
+    their ratio (below 1: the switch takes less).
+
+    Who begins changes from pair to pair.
     """
     from src.bench.measure import spread
 
-    for setting in (plain, other):
-        setting.time(warmup=warm_up)
-    costs: dict[Setting, list] = {plain: [], other: []}
+    times: dict[Setting, list[float]] = {plain: [], other: []}
     for n in range(rounds):
         for setting in (plain, other) if n % 2 else (other, plain):
-            costs[setting].append(setting.time())
-    times = {setting: [cost.step_ms[0] for cost in found] for setting, found in costs.items()}
+            times[setting].append(setting.steps.time(other.switch.rounds))
     ratios = [a / b for a, b in zip(times[plain], times[other], strict=True)]
-    last = costs[other][-1]
     told = {"plain_ms": spread(times[plain]), "step_ms": spread(times[other]), "ratio": spread(ratios)}
-    return told | {"adapters": len(other.adapters), "peak_bytes": last.peak_bytes, "pass_bytes": last.pass_bytes}
+    told |= {"plain_peak_bytes": plain.peak_bytes, "peak_bytes": other.peak_bytes}
+    told |= {"memory_ratio": other.peak_bytes / plain.peak_bytes, "pass_bytes": other.pass_bytes}
+    return told | {"adapters": other.switch.adapters, "rounds": other.switch.rounds}
 
 
 def main(cfg: DictConfig, chosen: list[str]) -> None:
@@ -138,7 +161,7 @@ def main(cfg: DictConfig, chosen: list[str]) -> None:
     from src.bench.plan import shape_of
     from src.construct import construct
     from src.fit import changed
-    from src.results import command_line, environment, git_state
+    from src.profiling.memory import hollow_adapter
     from src.support import check_cell
 
     build.quiet()
@@ -147,33 +170,59 @@ def main(cfg: DictConfig, chosen: list[str]) -> None:
     cfg = changed(cfg, {"backbone.source": shape_of(cfg.backbone, print)})
     backbone = construct(cfg.backbone, resolution=cfg.resolution)
     check_cell(cfg, backbone)
-    found: dict[str, Any] = {}
-    plain = Setting(cfg, PLAIN)
-    if plain.adapters[0].grad_through_backbone:
+    hollow = hollow_adapter(backbone, lambda h: build.new_adapter(cfg, h, training=False), cfg.hardware.precision)
+    if hollow.grad_through_backbone:
         raise UserError(f"adapter={cfg.adapter.name}: its gradient crosses the backbone; these switches are for adapter=unicon")
-    for name in chosen or SWITCHES:
-        if reason := SWITCHES[name].refused(cfg, backbone.facts):
+    write(cfg, measured(cfg, backbone.facts, chosen or list(SWITCHES)), chosen)
+
+
+def measured(cfg: DictConfig, facts: Any, names: list[str], rounds: int = ROUNDS, warm_up: int = WARM_UP) -> dict[str, Any]:
+    """name -> what `pairs` finds of a switch, or {"skipped": reason}. Each is told in a line."""
+    import torch
+
+    found: dict[str, Any] = {}
+    plain = None
+    for name in names:
+        switch = SWITCHES[name]
+        if reason := switch.refused(cfg, facts):
             found[name] = {"skipped": reason}
             print(f"{name:<16} skipped: {reason}", flush=True)
             continue
-        found[name] = pairs(plain, Setting(cfg, SWITCHES[name]))
-        ratio = found[name]["ratio"]
-        print(f"{name:<16} {ratio['median']:.2f}x [{ratio['quartiles'][0]:.2f}, {ratio['quartiles'][1]:.2f}]", flush=True)
+        plain = plain or Setting(cfg, PLAIN, warm_up)
+        one = found[name] = pairs(plain, Setting(cfg, switch, warm_up), rounds)
+        low, high = one["ratio"]["quartiles"]
+        speed = f"{one['ratio']['median']:.2f}x [{low:.2f}, {high:.2f}]"
+        print(f"{name:<16} {speed}, memory {one['memory_ratio']:.2f}x", flush=True)
+        torch.compiler.reset()  # what it compiled would keep the switch's networks alive
+    return found
+
+
+def write(cfg: DictConfig, found: dict[str, Any], chosen: list[str]) -> Path:
+    """Leave speed.json below `output_dir`. -> its folder. chosen: names that were typed."""
+    from src.bench.flags import torch_flags
+    from src.profiling.device import device_name
+    from src.results import command_line, environment, git_state
+
+    typed = " ".join(["src.bench.speed", *([",".join(chosen)] if chosen else [])])
     sha, dirty = git_state(ROOT)
     folder = Path(cfg.output_dir) / f"speed_{cfg.adapter.name}_{cfg.backbone.name}"
     folder /= datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")
     folder.mkdir(parents=True)
     told = {
+        "kind": "speed",
         "switches": found,
         "configuration": OmegaConf.to_container(cfg, resolve=True),
-        "device": torch.cuda.get_device_name() if cfg.hardware.accelerator == "gpu" else "cpu",
+        "device": device_name(cfg.hardware.accelerator == "gpu"),
+        "flags": torch_flags(),
         "versions": environment(),
         "git_sha": sha,
         "git_dirty": dirty,
-        "command": command_line(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": command_line().replace("src.bench.speed", typed, 1),  # the names were taken out of sys.argv
     }
     (folder / "speed.json").write_text(json.dumps(told, indent=1))
     print(f"run: {folder}", flush=True)
+    return folder
 
 
 def split_words(argv: list[str]) -> tuple[list[str], list[str]]:

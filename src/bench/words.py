@@ -38,7 +38,8 @@ def _found(row: CostResult) -> Iterator[str]:
         times = ", ".join(f"{name} {_ms(row.step_time_ms[name])}" for name in ("forward", "backward", "optimizer", "total"))
         yield f"ms per step, median [quartiles]: {times}; {row.img_per_s:.2f} images/s"
         if row.latency_ms:
-            yield "latency in ms: " + ", ".join(f"{name} {_ms(t)}" for name, t in row.latency_ms.items())
+            names = {"condition": "conditions", "step": "step", "batch": f"all {row.batch} pictures"}
+            yield "latency in ms: " + ", ".join(f"{names.get(name, name)} {_ms(t)}" for name, t in row.latency_ms.items())
         if row.mfu is not None:
             yield f"MFU {row.mfu:.1%} of {row.rates['gpu']}'s dense {row.precision}"
     if row.sampling:

@@ -25,9 +25,9 @@ from src.config.compose import COMMAND_LINE, CONF, Request, compose
 from src.config.messages import ConfigError, Incompatible, Unsupported, Where, key_is
 from src.config.older import brought_up
 from src.config.rules import NOT_SCIENCE, accumulation, check_together, config_sha, resolve_hardware, science_diff
-from src.config.schema import SCHEMAS, ExportConfig, PrepareConfig, SampleConfig, TrainConfig
+from src.config.schema import SCHEMAS, ExportConfig, PrepareConfig, SampleConfig, TrainConfig, only
 from src.results import hide_secrets
-from src.types import UserError
+from src.vocabulary import UserError
 
 if TYPE_CHECKING:
     from src.sweep.cells import Sweep
@@ -105,6 +105,8 @@ def cli(config_name: str, main: Callable[[DictConfig], Any]) -> None:
     process of its own (src/sweep), whatever launches it.
     """
     sweep = preflight(config_name, sys.argv[1:])
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        only(config_name)
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra otherwise ends on any exception itself, with exit code 1
 
     @functools.wraps(main)

@@ -4,6 +4,7 @@ Hydra 1.3.8 composes before the program's own main function runs, and reports ov
 file was wrong. Here the same parts (search path, defaults list, overrides) are walked one at a time to find the culprit.
 """
 
+import contextlib
 import copy
 import dataclasses
 import typing
@@ -26,7 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from src.config.checks import legal_keys
-from src.config.messages import ConfigError, key_is, nearest, nearest_key
+from src.config.messages import ConfigError, guess, key_is, nearest, nearest_key
 from src.config.signatures import hint_name
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -262,11 +263,11 @@ def _blame(place: str, key: str, value: Any, exc: BaseException, *, schema: type
     value = OmegaConf.to_container(value, resolve=False) if OmegaConf.is_config(value) else value
     wanted = _expected(schema, key)
     if isinstance(exc, (ConfigKeyError, ConfigAttributeError)) or wanted is None:
-        tree = origin.merged()
-        try:
-            legal = legal_keys(tree, schema, origin)
-        except ConfigError:
-            legal = legal_keys({}, schema, origin)
+        legal = legal_keys({}, schema, origin)
+        # keys of classes cost their import: not for a word whose neighbour the schema knows
+        if "." in key or not guess(key, (known for known in legal if "." not in known)):
+            with contextlib.suppress(ConfigError):
+                legal = legal_keys(origin.merged(), schema, origin)
         if key not in legal:
             raise ConfigError(key_is(place, key, value, f"is not a known key{nearest_key(key, legal)}")) from exc
     fault = f"should be {wanted}" if wanted else _flat(exc)

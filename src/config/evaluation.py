@@ -6,7 +6,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from src.config.keys import NODE, key
-from src.sampling import SOLVERS
+from src.vocabulary import SOLVERS
 
 
 @dataclass

@@ -7,7 +7,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from src.config.keys import key
-from src.types import Checkpointing, Compile, Fit
+from src.vocabulary import Checkpointing, Compile, Fit
 
 
 @dataclass

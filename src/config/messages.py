@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from src.types import UserError
+from src.vocabulary import UserError
 
 Where = Callable[[str], str]  # a dotted key -> the yaml file, or the command line, that set it
 

@@ -9,7 +9,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import MISSING, DictConfig, OmegaConf, open_dict
 
 from src.config.compose import COMMAND_LINE, CONF
@@ -42,6 +41,8 @@ def resolve_hardware(cfg: DictConfig, speaks: bool = True) -> DictConfig:
     `auto` takes the profile of conf/hardware/ that fits what torch finds; keys set by hand stay. A micro batch above the
     effective batch is lowered to it. Raises Incompatible for a GPU profile where there is no such GPU.
     """
+    import torch  # here and below, where it is asked: whoever is refused before need not wait for it
+
     cfg = cfg.copy()
     hardware, lines = _concrete(OmegaConf.to_container(cfg.hardware, resolve=True))
     if hardware["accelerator"] == "gpu" and torch.cuda.device_count() < hardware["devices"]:
@@ -78,6 +79,8 @@ def _concrete(hardware: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """A hardware node without `auto` and its nulls, and the line that says what was chosen."""
     if hardware["accelerator"] != "auto":
         return of_today(hardware), []
+    import torch
+
     name, found = "cpu", "no GPU"
     if torch.cuda.is_available():
         facts = torch.cuda.get_device_properties(0)
@@ -175,6 +178,8 @@ def _check_switches(hardware: dict[str, Any], reuse: int, where: Where) -> None:
 def _check_quantize(backbone: dict[str, Any], hardware: dict[str, Any], where: Where) -> None:
     if backbone.get("quantize") != "fp8":
         return
+    import torch
+
     on_cpu = hardware["accelerator"] == "cpu"
     # a GPU profile on a machine without GPUs serves to estimate; whoever wants to train there is refused for that
     if on_cpu or (torch.cuda.is_available() and torch.cuda.get_device_capability() < FP8_CAPABILITY):

@@ -14,7 +14,7 @@ from src.config.evaluation import EvaluateKeys
 from src.config.hardware import HardwareConfig
 from src.config.keys import NODE, NODES
 from src.config.keys import key as _key
-from src.objectives import TIME_LAWS
+from src.vocabulary import TIME_LAWS
 
 
 @dataclass
@@ -287,3 +287,9 @@ SCHEMAS: dict[str, type] = {
 }
 for _name, _schema in SCHEMAS.items():
     ConfigStore.instance().store(name=f"{_name}_schema", node=_schema, provider="src.config")
+
+
+def only(config_name: str) -> None:
+    """Forget the schemas of the other verbs: Hydra's help copies all that it knows, once for every yaml that there is."""
+    for name in SCHEMAS.keys() - {config_name}:
+        ConfigStore.instance().repo.pop(f"{name}_schema.yaml", None)

@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
-from src.types import UserError
+from src.vocabulary import UserError
 
 SCHEMA_VERSION = 1
 Row = TypeVar("Row")

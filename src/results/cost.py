@@ -11,7 +11,7 @@ from src.results.files import read_row, write_row
 MEMORY = ("frozen_weights", "trainable_weights", "gradients", "optimizer", "ema", "activations", "temporaries")
 FLOPS = ("frozen_forward", "adapter_forward", "backward", "optimizer")
 PHASES = ("forward", "backward", "optimizer", "total")
-# without these a time or a peak says nothing
+# without these a time or a peak says nothing; rows also carry `overlap`, which is false in each: a cell cannot have it
 FLAGS = (
     "precision", "attention", "attention_enabled", "compile", "cuda_graphs", "checkpointing", "optimizer", "optimizer_kernel",
     "tf32_matmul", "tf32_conv", "cudnn_benchmark", "cudnn_deterministic", "channels_last", "micro_batch", "threads", "naive",
@@ -34,9 +34,12 @@ class CostResult:
     step_time_ms: {forward, backward, optimizer, total}, each {median, quartiles, n} when measured; in an estimate plain
     numbers with frozen_forward (a part of forward) and "bound": true, or None where the GPU's rates are unknown.
     arithmetic_ms: the same from FLOPs alone, by the parts of `flops` and total, or None.
-    latency_ms: of inference {condition, step, image}, or None; sampling: of inference {steps, guidance, batch}, or None.
+    latency_ms: of inference {condition, step, batch}, or None: of encoding the conditions of a batch, of one solver step, and
+    until all pictures of the batch are there, which is when its first one is, too; img_per_s: pictures of a batch over that
+    time. sampling: of inference {steps, guidance, batch}, or None.
     rates: {gpu, tflops, bandwidth_gb_s} that bounds and mfu are for, or None; mfu: FLOPs of forward and backward without
-    what is recomputed, over the measured step and the dense rate; predicted: the estimate beside a measurement, or None.
+    what is recomputed, over the measured step and the dense rate; predicted: the estimate beside a measurement, of the step
+    without the flags compile, cuda_graphs and channels_last, or None.
     """
 
     mode: str

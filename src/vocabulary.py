@@ -1,0 +1,22 @@
+"""Words that a configuration is made of, for whoever must not wait for torch: help, and what is refused by its words alone."""
+
+from typing import Literal
+
+ConditionSpace = Literal["latent", "pixel"]
+Checkpointing = Literal["none", "adapter", "both"]  # whose blocks are recomputed in the backward pass
+Compile = Literal["none", "frozen", "all"]  # whose blocks torch.compile takes
+Fit = Literal["refuse", "warn", "auto"]  # what a training does that should not fit the memory
+TIME_LAWS = ("native", "cubic")  # at which noise levels an objective is trained: see `src.objectives`
+OWN = "auto"  # the solver that every other entry draws with
+SOLVERS: dict[str, tuple[str, ...]] = {  # name -> kinds of models that it can solve
+    OWN: ("flow", "diffusion"),
+    "euler": ("flow",),
+    "heun": ("flow",),  # two predictions per step
+    "ddim": ("diffusion",),
+    "dpmpp_2m": ("flow", "diffusion"),
+    "unipc": ("flow", "diffusion"),
+}
+
+
+class UserError(Exception):
+    """Something the person at the keyboard can mend: printed as one line, exit code 2, no traceback."""
