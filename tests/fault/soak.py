@@ -35,10 +35,10 @@ WORDS = [
     "adapter=template", "backbone=pixart_tiny", "resolution=32", "logger=local", "hardware=cpu", "hardware.workers=1",
     "hardware.micro_batch=1", "budget.effective_batch=2", "optimizer.warmup_images=200", "data.train_images=256",
     "data.val_images=4", "caption_dropout=0.3", "validation.images=2", "validation.final_images=4", "validation.steps=2",
-    "callbacks.meter.every_steps=1",
+    "callbacks.meter.every_steps=1", "callbacks.vitals.heartbeat_seconds=0.2",
 ]  # fmt: skip
 EVERY_STEPS, VALIDATE_STEPS, BATCH = 50, 500, 2  # between checkpoints, between validations; images of a step
-LONGEST_S = (2.0, 25.0)  # from the start of training to the kill
+LIVES = (0.1, 1.5)  # steps of a life before it is killed, as a share of what each would have if all had the same
 STARTS_S, ENDS_S = 300.0, 3600.0  # a process that does not train, or does not end, by then hangs
 GROWTH_MIB, GROWTH_FILES = 32.0, 0  # from the second quarter to the last, by the median: more than that is a leak
 LIFE_MIB, LIFE_FILES = 128.0, 8  # what a resumed process may hold beyond the one that was let alone: what it reads back
@@ -114,19 +114,23 @@ def straight(line: list[str], out: Path) -> list[dict[str, float]]:
     return one.held
 
 
-def broken(line: list[str], out: Path, kills: int, seed: int) -> list[dict[str, Any]]:
+def broken(line: list[str], out: Path, steps: int, kills: int, seed: int) -> list[dict[str, Any]]:
     """The run that is killed so many times and resumed each time. -> its lives, the last of which ended by itself.
+
+    A life is counted in steps, so that a slow machine is no other test than a fast one; the moment within a step is chance.
 
     Raises SystemExit for a death that was not caused here, whatever its signal: it would repeat itself for ever.
     """
     drawn, lives = random.Random(seed), []
     while True:
         one, sent = Trained([*line, "resume=auto"], out), None
-        wait, number = drawn.uniform(*LONGEST_S), signal.SIGTERM if drawn.random() < 1 / 3 else signal.SIGKILL
+        images = BATCH * drawn.uniform(*LIVES) * steps / (kills + 1)
+        number, moment = signal.SIGTERM if drawn.random() < 1 / 3 else signal.SIGKILL, drawn.uniform(0, 1)
         trains = one.watch(lambda one=one: one.beat().get("phase") == "training", STARTS_S, 0.05)
         if trains and len(lives) < kills:
-            until = time.monotonic() + wait
-            if one.watch(lambda until=until: time.monotonic() >= until, 2 * wait + 60, 0.2):
+            goal = (one.beat().get("images_seen") or 0) + images
+            if one.watch(lambda one=one, goal=goal: (one.beat().get("images_seen") or 0) >= goal, ENDS_S, 0.5):
+                time.sleep(moment)
                 one.process.send_signal(number)
                 sent = number
         one.watch(lambda: False, ENDS_S)
@@ -214,7 +218,7 @@ def soak(steps: int, kills: int, seed: int, out: Path) -> dict[str, Any]:
     began = time.monotonic()
     held = straight(line, out / "straight")
     middle = time.monotonic()
-    lives = broken(line, out / "broken", kills, seed)
+    lives = broken(line, out / "broken", steps, kills, seed)
     ended = time.monotonic()
     one, other = learned(out / "straight"), learned(out / "broken")
     equal, grown = {name: same(one[name], other[name]) for name in one}, growth(held, BATCH * steps)
