@@ -7,6 +7,7 @@ and are all that `hardware.fit=auto` takes by itself; the others are only ever s
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
@@ -20,6 +21,7 @@ from src.types import UserError
 ENOUGH = 4  # ways out that fit are reason to stop looking
 ADAM8BIT = "bitsandbytes.optim.AdamW8bit"
 Estimate = Callable[[DictConfig], MemoryEstimate]
+_made: WeakKeyDictionary[Backbone, dict[str, MemoryEstimate]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,16 @@ class WayOut:
 
 
 def training_estimate(cfg: DictConfig, backbone: Backbone) -> MemoryEstimate:
-    """Peak memory of a training step of a resolved configuration. backbone: only its facts and configuration are read."""
+    """Peak memory of a training step of a resolved configuration. backbone: only its facts and configuration are read.
+
+    Made once for each: whoever looks for room on the disk asks for the same weights."""
+    made, words = _made.setdefault(backbone, {}), OmegaConf.to_yaml(cfg, resolve=True)
+    if words not in made:
+        made[words] = _training_estimate(cfg, backbone)
+    return made[words]
+
+
+def _training_estimate(cfg: DictConfig, backbone: Backbone) -> MemoryEstimate:
     return estimate_for(
         backbone,
         lambda hollow: build.new_adapter(cfg, hollow, training=False),

@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+WAIT_S = 5.0  # for an answer about a file; HF_HUB_DOWNLOAD_TIMEOUT, 10 s, is for the next bytes of its content
 HubFault = Literal["gated", "revision", "missing", "layout", "unreachable"]
 
 

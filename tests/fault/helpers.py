@@ -25,7 +25,9 @@ TINY = [
 
 
 def command(*words: str, faults: tuple[str, ...] = (), python: str = sys.executable) -> list[str]:
-    return [python, "-m", "tests.fault.driver", *faults, "--", *TINY, *words]
+    own_data = any(word.startswith("data=") for word in words)
+    tiny = [word for word in TINY if not (own_data and word.startswith("data.train_images="))]
+    return [python, "-m", "tests.fault.driver", *faults, "--", *tiny, *words]
 
 
 def environment(**extra: str) -> dict[str, str]:
