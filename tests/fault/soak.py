@@ -242,7 +242,7 @@ def soak(steps: int, kills: int, seed: int, out: Path) -> dict[str, Any]:
         "git_sha": sha,
         "git_dirty": dirty,
         "versions": environment(),
-        "hardware": {"cpu": _cpu(), "cores_used": len(os.sched_getaffinity(0)), "load_average_15_min": os.getloadavg()[2]},
+        "hardware": {"cpu": cpu(), "cores_used": len(os.sched_getaffinity(0)), "load_average_15_min": os.getloadavg()[2]},
     }
 
 
@@ -263,7 +263,7 @@ def _counts(run: Path) -> dict[str, int]:
     return {kind: kinds.count(kind) for kind in sorted(set(kinds))}
 
 
-def _cpu() -> str:
+def cpu() -> str:
     names = [x.partition(":")[2].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")]
     return names[0] if names else platform.machine()
 
