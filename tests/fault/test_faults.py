@@ -18,6 +18,7 @@ from PIL import Image
 
 from tests.conftest import ROOT
 from tests.fault.helpers import (
+    HANGS_S,
     assert_refused,
     assert_same,
     command,
@@ -275,7 +276,7 @@ def test_wandb_that_hangs_holds_up_no_step(place, straight):
     began = time.monotonic()
     done = trained(out, "logger=wandb", faults=("stop_wandb:10",))
     assert done.returncode == 0, done.stdout + done.stderr
-    assert time.monotonic() - began < 120
+    assert time.monotonic() - began < HANGS_S / 2  # W&B itself would wait for ever
     assert_same(out, straight)
     assert "W&B" in done.stderr
 
@@ -296,16 +297,23 @@ def test_a_wandb_server_that_never_answers_holds_up_no_step(place, straight, mon
 @pytest.mark.parametrize("asks", ["config('')", "fetch(('transformer',))"], ids=["a configuration", "weights"])
 def test_a_hub_that_never_answers_is_one_line(tmp_path, asks):
     """Of what is not cached here: refused after the hub's library has tried, within `hub.WAIT_S` each time."""
-    line = f"from src.backbones.source import ModelSource; ModelSource('owner/name').{asks}"
+    line = f"""
+import time
+from src.backbones.source import ModelSource
+began = time.monotonic()
+try:
+    ModelSource('owner/name').{asks}
+finally:
+    print(time.monotonic() - began)
+"""
     with silent_server() as (address, taken):
         env = {**environment(), "HF_ENDPOINT": address, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
-        began = time.monotonic()
         done = subprocess.run(
-            [sys.executable, "-c", line], cwd=ROOT, env=env, capture_output=True, text=True, timeout=240, check=False
+            [sys.executable, "-c", line], cwd=ROOT, env=env, capture_output=True, text=True, timeout=HANGS_S, check=False
         )
     assert taken, "nobody asked the server"
     assert "SourceError: owner/name is not cached here and the hub cannot be reached" in done.stderr, done.stderr
-    assert time.monotonic() - began < 120
+    assert float(done.stdout) < 120
 
 
 @contextmanager
@@ -369,7 +377,7 @@ def test_a_second_process_on_one_run_folder_is_refused(place, straight):
         assert_refused(second, "another process", str(first.pid), "trains in this run folder")
         assert {p: p.stat().st_mtime_ns for p in folder_of(out).rglob("*") if p.is_file()} == before
         go.touch()
-        assert first.communicate(timeout=120)[0] is not None
+        assert first.communicate(timeout=HANGS_S)[0] is not None
         assert first.returncode == 0
     finally:
         first.kill()
