@@ -25,7 +25,7 @@ TINY = [
 
 
 HANGS_S = 1200  # a training that takes longer hangs, on however busy a machine
-RUN = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": HANGS_S, "check": False}
+RUN = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": HANGS_S}
 
 
 def command(*words: str, faults: tuple[str, ...] = (), python: str = sys.executable) -> list[str]:
@@ -44,7 +44,7 @@ def trained(out: Path, *words: str, faults: tuple[str, ...] = (), **extra: str) 
         [] if any(w.startswith("cache_dir=") for w in words) else [f"cache_dir={out.parent}/cache"]
     )
     line = command(*places, *words, faults=faults)
-    return subprocess.run(line, env=environment(**extra), **RUN)
+    return subprocess.run(line, check=False, env=environment(**extra), **RUN)
 
 
 def resumed(out: Path, *words: str, faults: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
@@ -109,4 +109,4 @@ def own_disks(out: Path, disks: dict[Path, str], *words: str, faults: tuple[str,
     full = [f"head -c 100M /dev/zero > '{fill}/filler' 2>/dev/null; true"] if fill else []
     script = " && ".join([*mounts, *full, '"$@"']) + f"; code=$?; cp -r '{out}' '{out}-copy'; exit $code"
     shell = ["unshare", "-Urm", "sh", "-c", script, "sh", *line]
-    return subprocess.run(shell, env=environment(**extra), **RUN)
+    return subprocess.run(shell, check=False, env=environment(**extra), **RUN)
