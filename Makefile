@@ -62,7 +62,7 @@ bench-gpu: $(BENCH_READY) ## memory and speed on this machine's GPU, in about 10
 	$(BENCH_PYTHON) -m src.bench.markdown $(GPU) $(GO_ON)
 
 soak: $(STAMP) ## a long training with random kills beside one without: equal to the bit, or not
-	$(BIN)/python -m tests.fault.soak --steps 4000 --kills 12 --out runs/soak.json
+	$(BIN)/python -m tests.fault.soak --steps 4000 --kills 12 --out runs/soak/results.json
 
 report: $(STAMP) ## tables, plots and one page of everything below runs/
 	$(BIN)/python -m src.report runs=[runs] out=report
@@ -71,7 +71,7 @@ test: $(STAMP) ## the tests, under 15 minutes on 2 cores
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-faults: $(STAMP) ## a dozen faults put into real trainings, some minutes
-	$(BIN)/python -m pytest -m fault tests/fault
+	$(BIN)/python -m pytest -m fault tests
 
 test-all: $(STAMP) ## also the long ones
 	$(BIN)/python -m pytest -m ''

@@ -8,6 +8,7 @@ suggested. Each single way that would do is named; several at once are tried whe
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
@@ -20,6 +21,7 @@ from src.types import UserError
 
 ADAM8BIT = "bitsandbytes.optim.AdamW8bit"
 Estimate = Callable[[DictConfig], MemoryEstimate]
+_made: WeakKeyDictionary[Backbone, dict[str, MemoryEstimate]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,16 @@ class WayOut:
 
 
 def training_estimate(cfg: DictConfig, backbone: Backbone) -> MemoryEstimate:
-    """Peak memory of a training step of a resolved configuration. backbone: only its facts and configuration are read."""
+    """Peak memory of a training step of a resolved configuration. backbone: only its facts and configuration are read.
+
+    Made once for each: whoever looks for room on the disk asks for the same weights."""
+    made, words = _made.setdefault(backbone, {}), OmegaConf.to_yaml(cfg, resolve=True)
+    if words not in made:
+        made[words] = _training_estimate(cfg, backbone)
+    return made[words]
+
+
+def _training_estimate(cfg: DictConfig, backbone: Backbone) -> MemoryEstimate:
     return estimate_for(
         backbone,
         lambda hollow: build.new_adapter(cfg, hollow, training=False),

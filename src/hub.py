@@ -7,6 +7,7 @@ from typing import Any, Literal
 from src.types import UserError
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+WAIT_S = 5.0  # for an answer about a file; HF_HUB_DOWNLOAD_TIMEOUT, 10 s, is for the next bytes of its content
 HubFault = Literal["gated", "revision", "missing", "layout", "unreachable"]
 
 

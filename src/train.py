@@ -5,7 +5,9 @@
 The last line printed is `run: <folder>`; what is in it: README.md.
 """
 
+import contextlib
 import errno
+import io
 import json
 import sys
 import time
@@ -18,7 +20,7 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from src import build, faults, support
+from src import build, faults, preflight, support
 from src.adapters.base import ControlAdapter
 from src.callbacks.base import Preempted, RunContext, Stop
 from src.callbacks.meter import peak_mem_gib
@@ -42,9 +44,12 @@ def main(cfg: DictConfig) -> None:
     job = HydraConfig.get()
     typed, among_others = list(job.overrides.task), is_rank()  # asked now: Lightning clears the variables at its end
     if not among_others:
-        machine = resolve_hardware(machine_of(cfg, typed), speaks=False).hardware
-        if device_count(machine) > 1:
-            raise SystemExit(launch(machine))
+        judged = preflight.resolved(machine_of(cfg, typed))
+        if device_count(judged.hardware) > 1:
+            if cfg.resume in (None, "auto"):
+                with contextlib.redirect_stdout(io.StringIO()):  # the first rank says the same
+                    preflight.planned(judged, members, None if cfg.resume else fitted)
+            raise SystemExit(launch(judged.hardware))
     end_with_parent()
     try:
         train(cfg, typed, job.runtime.choices.get("experiment"))
@@ -81,9 +86,12 @@ def train(cfg: DictConfig, typed: list[str], experiment: str | None = None) -> P
     ranks = join(resolve_hardware(machine_of(cfg, typed), speaks=False).hardware)
     torch.set_num_threads(cfg.hardware.threads)
     build.quiet()
-    group = members(cfg)
     # refused before a folder is made; a resumed run is judged by its own configuration
-    asked = group[0].cfg if cfg.resume else fitted(group)
+    if ranks.several or cfg.resume not in (None, "auto"):  # several have been judged before they were started
+        group = members(cfg)
+    else:
+        group = preflight.planned(cfg, members, None if cfg.resume else fitted)
+    asked = fitted(group) if ranks.several and not cfg.resume else group[0].cfg
     run = ranks.first_does(lambda: open_run(asked, typed))
     if run.resumed:
         check_same(run, cfg, typed)
@@ -96,7 +104,10 @@ def train(cfg: DictConfig, typed: list[str], experiment: str | None = None) -> P
         print(f"already finished\nrun: {run.folder}", flush=True)
         return run.folder
     if cfg.resume:
-        fitted(group)
+        if ranks.several:
+            fitted(group)
+        else:
+            preflight.planned(run.cfg, lambda _: group, fitted, run.resumed)
         for one, member in zip(runs, group, strict=True):
             one.cfg.hardware = member.cfg.hardware
     with held(runs if ranks.first else []):

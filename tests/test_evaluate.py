@@ -1,5 +1,6 @@
 """`python -m src.evaluate`: pictures that are drawn once, numbers that repeat, what may be compared, and what is refused."""
 
+import importlib.util
 import json
 import os
 import signal
@@ -506,3 +507,27 @@ def test_jobs_that_draw_parts_give_what_one_job_gives(runs, first, places):
 def test_a_part_that_is_none_is_refused(runs, places, given):
     with pytest.raises(UserError, match=r"write part=0/4"):
         evaluation(f"run={runs[0]}", f"part={given}", *places())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed: pip install 'controlbench[ray]'")
+def test_ray_draws_the_same_pictures(runs, first, places):
+    import ray
+
+    try:
+        folder = evaluation(f"run={runs[0]}", "engine=ray", "parts=2", *places())
+    finally:
+        ray.shutdown()
+    assert all(list((folder / f"parts/{n}-of-2/right").glob("*.png")) for n in range(2)), "a part drew nothing"
+    mine = {name: data for name, data in files_of(folder).items() if not str(name).startswith("parts/")}
+    assert mine == files_of(first[0])
+    assert read_evaluation(folder / "results.json").metrics == read_evaluation(first[0] / "results.json").metrics
+
+
+def test_ray_is_asked_for_only_where_it_is(runs, places, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.setitem(sys.modules, "ray.data", None)
+    with pytest.raises(UserError, match=r"pip install 'controlbench\[ray\]', or write engine=local"):
+        evaluation(f"run={runs[0]}", "engine=ray", *places())
+    with pytest.raises(UserError, match="engine=ray makes parts itself"):
+        evaluation(f"run={runs[0]}", "engine=ray", "part=0/2", *places())

@@ -13,10 +13,10 @@ ROWS = [
     {"adapters"},
     {
         "callbacks", "collect", "config", "build", "construct", "control_score", "embedded", "events", "faults",
-        "features", "fit", "interop", "loggers", "matching", "plots", "ranks", "results", "runs", "support", "sweep",
-        "together", "world",
+        "features", "fit", "interop", "loggers", "matching", "plots", "preflight", "ranks", "results", "room", "runs",
+        "support", "sweep", "together", "world",
     },
-    {"train", "evaluate", "sample", "bench", "prepare", "report", "export"},
+    {"train", "evaluate", "sample", "bench", "prepare", "report", "export", "doctor"},
 ]  # fmt: skip
 ROW = {name: number for number, names in enumerate(ROWS) for name in names}
 # adapters never import a task, tasks never import a backbone, a backbone knows no adapter

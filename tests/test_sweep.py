@@ -20,7 +20,7 @@ from src.config import CONF, cli, load, preflight
 from src.sweep import launcher
 from src.sweep.cells import Cell
 from src.sweep.folder import SweepFolder
-from src.sweep.process import CellProcess, judge
+from src.sweep.process import WARNING, CellProcess, judge
 from src.sweep.rows import BROKEN, Row, exit_code, identity, key_of
 from src.types import UserError
 from tests.conftest import ROOT
@@ -384,6 +384,48 @@ def test_an_experiment_can_be_a_sweep(shell):
 
 
 needs_submitit = pytest.mark.skipif(importlib.util.find_spec("submitit") is None, reason="the extra `slurm` is not installed")
+
+
+def test_a_warned_job_is_given_back_after_its_cell_has_saved(tmp_path):
+    """The handler of a launcher, as submitit's, requeues and leaves. Slurm warns the cell, too, which must not die of that."""
+    saved, given_back = tmp_path / "saved", []
+    cell = f"""
+import pathlib, signal, sys, time
+def save(*_):
+    time.sleep(0.5)
+    pathlib.Path({str(saved)!r}).touch()
+    sys.exit(143)
+signal.signal(signal.SIGTERM, save)
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+    def requeue(number, frame):
+        given_back.append(saved.exists())
+        raise SystemExit(-1)
+
+    before = signal.signal(WARNING, requeue)
+    try:
+        process = CellProcess([sys.executable, "-c", cell], tmp_path / "log", dict(os.environ), None, 30.0)
+        while "ready" not in (tmp_path / "log").read_text():
+            time.sleep(0.02)
+        os.kill(process.pid, WARNING)
+        time.sleep(0.1)
+        assert process.poll() is None, "the warning is the launcher's"
+        threading.Timer(0.3, lambda: os.kill(os.getpid(), WARNING)).start()
+        with pytest.raises(SystemExit), process.ending_first(WARNING):
+            process.wait()
+    finally:
+        signal.signal(WARNING, before)
+    assert given_back == [True]
+    assert process.poll().code == 143
+
+
+@needs_submitit
+def test_the_warning_is_the_one_that_submitit_asks_for():
+    from submitit.core.job_environment import JobEnvironment
+
+    assert JobEnvironment._usr_sig() == WARNING
 
 
 @needs_submitit

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from src.hub import hub_fault
+from src.hub import WAIT_S, hub_fault
 from src.types import UserError
 
 SHAPES = Path(__file__).with_name("shapes.json")  # configurations of public models, as their config.json files have them
@@ -105,7 +105,13 @@ class ModelSource:
             wanted += [f"{part}/*.json", f"{part}/*.txt", f"{part}/*.model", f"{part}/*.safetensors"]
         with _hub_errors(self):
             return Path(
-                snapshot_download(self.source, revision=self.revision, allow_patterns=wanted, ignore_patterns=["*.fp16.*"])
+                snapshot_download(
+                    self.source,
+                    revision=self.revision,
+                    allow_patterns=wanted,
+                    ignore_patterns=["*.fp16.*"],
+                    etag_timeout=WAIT_S,
+                )
             )
 
     @cached_property
@@ -140,7 +146,7 @@ class ModelSource:
         from huggingface_hub import hf_hub_download
 
         with _hub_errors(self):
-            return Path(hf_hub_download(self.source, name, revision=self.revision, etag_timeout=5))
+            return Path(hf_hub_download(self.source, name, revision=self.revision, etag_timeout=WAIT_S))
 
 
 class _hub_errors:

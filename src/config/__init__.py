@@ -22,7 +22,7 @@ from omegaconf import DictConfig, open_dict
 
 from src.config.checks import check_names, check_nodes, check_secrets, check_typed, check_values, resolve
 from src.config.compose import COMMAND_LINE, CONF, Request, compose
-from src.config.messages import ConfigError, Incompatible, Unsupported, Where, key_is
+from src.config.messages import ConfigError, Gather, Incompatible, Unsupported, Where, key_is
 from src.config.older import brought_up
 from src.config.rules import NOT_SCIENCE, accumulation, check_together, config_sha, resolve_hardware, science_diff
 from src.config.schema import SCHEMAS, ExportConfig, PrepareConfig, SampleConfig, TrainConfig, only
@@ -65,8 +65,9 @@ def composed(request: Request) -> tuple[DictConfig, list[str]]:
 def preflight(config_name: str, argv: list[str], config_dir: str | Path = CONF) -> "Sweep | None":
     """Check a command line (`argv` without the program's name) before Hydra sees it. -> the sweep that it asks for, if any.
 
-    Prints `error: <place>: <key>=<value> <fault>` on stderr and exits 2 if it is wrong. Help, completion and Hydra's own
-    information flags are left to Hydra; `--cfg` is only composed, for a reader may want to see an incomplete one.
+    Prints `error: <place>: <key>=<value> <fault>` on stderr, or a list of such faults, and exits 2 if it is wrong. Help,
+    completion and Hydra's own information flags are left to Hydra; `--cfg` is only composed, for a reader may want to see an
+    incomplete one.
     """
     # the plugin of submitit knows the keys of conf/hydra/launcher/submitit_*.yaml; Hydra checks them, and means to stop that
     warnings.filterwarnings("ignore", message="(?s).*validated against ConfigStore schema with the same name")
@@ -164,15 +165,19 @@ def _is_here(package: str) -> bool:
 
 
 def _checked(cfg: DictConfig, schema: type, where: Where) -> tuple[DictConfig, list[str]]:
-    """The configuration without Hydra's node, and notes that are worth a line."""
+    """The configuration without Hydra's node, and notes that are worth a line. Raises all faults at once."""
     with open_dict(cfg):
         del cfg["hydra"]
-    check_names(cfg, schema, where)
-    tree = resolve(cfg, where)
-    check_secrets(tree, where)
-    check_values(tree, schema, where)
-    check_nodes(tree, schema, where)
-    return cfg, check_together(tree, where)
+    gather = Gather()
+    gather(check_names, cfg, schema, where)
+    tree = gather(resolve, cfg, where)
+    if tree is not None:
+        gather(check_secrets, tree, where)
+        gather(check_values, tree, schema, where)
+        gather(check_nodes, tree, schema, where)
+        notes = check_together(tree, where, gather)
+    gather.done()
+    return cfg, notes
 
 
 def _recheck(config_name: str, job: Any) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from src.config.messages import ConfigError, Where, guess, key_is, nearest_key
+from src.config.messages import ConfigError, Gather, Where, guess, key_is, nearest_key
 from src.config.signatures import HYDRA_KEYS, fits, hint_name, signature
 from src.results import HIDDEN, hide_secrets
 
@@ -75,19 +75,24 @@ def check_secrets(tree: Any, where: Where, key: str = "") -> None:
 
 def check_names(cfg: DictConfig, schema: type, where: Where) -> None:
     """Refuse keys that the schema does not know (`+key=value` slips past Hydra's own check)."""
-    raw = OmegaConf.to_container(cfg, resolve=False)
+    raw, gather = OmegaConf.to_container(cfg, resolve=False), Gather()
 
     def walk(tree: Any, cls: type, path: str) -> None:
         known = {field.name: nested for field, nested, _ in schema_fields(cls)}
         for name, value in tree.items():
             key = f"{path}{name}"
             if name not in known:
-                fault = f"is not a known key{nearest_key(key, legal_keys(raw, schema, where))}"
-                raise ConfigError(key_is(where(key), key, value, fault))
-            if known[name] and isinstance(value, dict):
+                gather(refuse, key, value)
+            elif known[name] and isinstance(value, dict):
                 walk(value, known[name], f"{key}.")
 
+    def refuse(key: str, value: Any) -> None:
+        raise ConfigError(
+            key_is(where(key), key, value, f"is not a known key{nearest_key(key, legal_keys(raw, schema, where))}")
+        )
+
     walk(raw, schema, "")
+    gather.done()
 
 
 def resolve(cfg: Any, where: Where, path: str = "") -> Any:
@@ -108,21 +113,28 @@ def resolve(cfg: Any, where: Where, path: str = "") -> Any:
 
 
 def check_values(tree: dict, schema: type, where: Where, path: str = "") -> None:
-    """Required keys, choices and lower bounds of the schema. Imports nothing."""
+    """Required keys, choices and lower bounds of the schema, all that are wrong at once. Imports nothing."""
+    gather = Gather()
     for field, nested, _ in schema_fields(schema):
         key = f"{path}{field.name}"
-        if field.name not in tree:
-            raise ConfigError(f"command line: {key} is required, but was removed")
-        value = tree[field.name]
-        choices, least, below = (field.metadata.get(m) for m in ("choices", "least", "below"))
-        if choices and value is not None and value not in choices:
-            raise ConfigError(key_is(where(key), key, value, f"is not one of {', '.join(choices)}{guess(str(value), choices)}"))
-        if least is not None and value is not None and value < least:
-            raise ConfigError(key_is(where(key), key, value, f"is below {least}"))
-        if below is not None and value >= below:
-            raise ConfigError(key_is(where(key), key, value, f"is not below {below}"))
-        if nested:
-            check_values(value, nested, where, f"{key}.")
+        gather(_check_value, tree, field, key, where)
+        if nested and field.name in tree:
+            gather(check_values, tree[field.name], nested, where, f"{key}.")
+    gather.done()
+
+
+def _check_value(tree: dict, field: dataclasses.Field, key: str, where: Where) -> None:
+    if field.name not in tree:
+        raise ConfigError(f"command line: {key} is required, but was removed")
+    value = tree[field.name]
+    choices, least, below = (field.metadata.get(m) for m in ("choices", "least", "below"))
+    if choices and value is not None and value not in choices:
+        fault = f"is not one of {', '.join(choices)}{guess(str(value), choices)}"
+        raise ConfigError(key_is(where(key), key, value, fault)).of(key)
+    if least is not None and value is not None and value < least:
+        raise ConfigError(key_is(where(key), key, value, f"is below {least}")).of(key)
+    if below is not None and value >= below:
+        raise ConfigError(key_is(where(key), key, value, f"is not below {below}")).of(key)
 
 
 def check_nodes(tree: dict, schema: type, where: Where) -> None:
@@ -130,24 +142,33 @@ def check_nodes(tree: dict, schema: type, where: Where) -> None:
 
     Imports what the nodes name, and so diffusers and Lightning: seconds.
     """
+    gather = Gather()
     for key, group, node in target_nodes(tree, schema):
-        if not isinstance(node, dict):
-            fault = "is not a node with a _target_; to leave it out, write ~" + key
-            raise ConfigError(key_is(where(key), key, node, fault))
+        gather(_check_node, tree, schema, key, group, node, where)
+    gather.done()
+
+
+def _check_node(tree: dict, schema: type, key: str, group: str, node: Any, where: Where) -> None:
+    if not isinstance(node, dict):
+        fault = "is not a node with a _target_; to leave it out, write ~" + key
+        raise ConfigError(key_is(where(key), key, node, fault))
+    try:
         known = signature(node, group, key, where)
-        for name, value in node.items():
-            place, full = where(f"{key}.{name}"), f"{key}.{name}"
-            if name in known.injected:
-                raise ConfigError(key_is(place, full, value, "is filled in by the program"))
-            if not (known.open or name in known.hints or name in HYDRA_KEYS):
-                near = nearest_key(full, legal_keys(tree, schema, where))
-                raise ConfigError(key_is(place, full, value, f"is no argument of {node['_target_']}{near}"))
-        for name in sorted(known.required - node.keys()):
-            fault = f"{key}.{name} is missing, and {node['_target_']} has no default for it"
-            raise ConfigError(f"{where(f'{key}._target_')}: {fault}")
-        for name, value in node.items():
-            if name in known.hints and not fits(value, known.hints[name]):
-                choices = [str(a) for a in typing.get_args(known.hints[name])]
-                near = guess(str(value), choices) if typing.get_origin(known.hints[name]) is Literal else ""
-                fault = f"should be {hint_name(known.hints[name])}{near}"
-                raise ConfigError(key_is(where(f"{key}.{name}"), f"{key}.{name}", value, fault))
+    except ConfigError as error:
+        raise error.of(f"{key}._target_") from error.__cause__
+    for name, value in node.items():
+        place, full = where(f"{key}.{name}"), f"{key}.{name}"
+        if name in known.injected:
+            raise ConfigError(key_is(place, full, value, "is filled in by the program"))
+        if not (known.open or name in known.hints or name in HYDRA_KEYS):
+            near = nearest_key(full, legal_keys(tree, schema, where))
+            raise ConfigError(key_is(place, full, value, f"is no argument of {node['_target_']}{near}"))
+    for name in sorted(known.required - node.keys()):
+        fault = f"{key}.{name} is missing, and {node['_target_']} has no default for it"
+        raise ConfigError(f"{where(f'{key}._target_')}: {fault}")
+    for name, value in node.items():
+        if name in known.hints and not fits(value, known.hints[name]):
+            choices = [str(a) for a in typing.get_args(known.hints[name])]
+            near = guess(str(value), choices) if typing.get_origin(known.hints[name]) is Literal else ""
+            fault = f"should be {hint_name(known.hints[name])}{near}"
+            raise ConfigError(key_is(where(f"{key}.{name}"), f"{key}.{name}", value, fault))

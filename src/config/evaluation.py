@@ -42,6 +42,8 @@ class EvaluateKeys:
     n: int | None = key(least=2)
     arms: list[str] = MISSING
     part: str | None = MISSING
+    engine: str = key(choices=("local", "ray"))
+    parts: int | None = key(least=1)
     solver: str = key(choices=tuple(SOLVERS))
     steps: int = key(least=1)
     guidance: float = key(least=0)

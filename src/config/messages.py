@@ -2,7 +2,7 @@
 
 import difflib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from src.vocabulary import UserError
@@ -11,7 +11,19 @@ Where = Callable[[str], str]  # a dotted key -> the yaml file, or the command li
 
 
 class ConfigError(UserError):
-    """A configuration that cannot run; the message is one line."""
+    """A configuration that cannot run; the message is one line, or a list of them.
+
+    parts: the faults of such a list; key: whose value is wrong whatever the others are; between: keys that do not go together.
+    """
+
+    parts: "tuple[ConfigError, ...]" = ()
+    key: str = ""
+    between: tuple[str, ...] = ()
+
+    def of(self, key: str = "", between: tuple[str, ...] = ()) -> "ConfigError":
+        """Itself, with the keys that it is about."""
+        self.key, self.between = key, between
+        return self
 
 
 class Incompatible(ConfigError):
@@ -20,6 +32,47 @@ class Incompatible(ConfigError):
 
 class Unsupported(Incompatible):
     """An adapter on a backbone that it was never made for: a sweep skips this cell and is none the worse."""
+
+
+def listed(lines: Sequence[str]) -> str:
+    """The one form of everything that is told at once: the line alone, or its count and a numbered list."""
+    if len(lines) == 1:
+        return lines[0]
+    return "\n".join([f"{len(lines)} problems:", *(f"  {number}. {line}" for number, line in enumerate(lines, 1))])
+
+
+class Gather:
+    """Runs checks one after the other and keeps what they refuse, so that all of it is told at once.
+
+    A check behind a refusal may trip over the very value that was refused, or refuse it once more: then, and only then, it is
+    left out.
+    """
+
+    def __init__(self) -> None:
+        self.found: list[ConfigError] = []
+
+    def __call__(self, check: Callable[..., Any], *given: Any) -> Any:
+        """What the check returns; None where it refuses."""
+        try:
+            return check(*given)
+        except ConfigError as error:
+            wrong = {one.key for one in self.found if one.key}
+            self.found += [one for one in error.parts or (error,) if not wrong.intersection(one.between)]
+        except Exception:
+            if not self.found:
+                raise
+        return None
+
+    def done(self) -> None:
+        """Raise what was found: the one fault, or a list of all. What a sweep would bear alone, it bears together."""
+        if len(self.found) < 2:
+            for error in self.found:
+                raise error
+            return
+        kind = Incompatible if all(isinstance(error, Incompatible) for error in self.found) else ConfigError
+        error = kind(listed([str(one) for one in self.found]))
+        error.parts = tuple(self.found)
+        raise error
 
 
 def key_is(place: str, key: str, value: Any, fault: str) -> str:

@@ -13,7 +13,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf, open_dict
 
 from src.config.compose import COMMAND_LINE, CONF
 from src.config.devices import check_devices
-from src.config.messages import ConfigError, Incompatible, Where
+from src.config.messages import ConfigError, Gather, Incompatible, Where
 
 GIB = 2**30
 FP8_CAPABILITY = (9, 0)  # CUDA compute capability of Hopper: fp8 products with a scale per row
@@ -118,31 +118,39 @@ def _read_profile(file: Path) -> dict[str, Any]:
 # ---- between keys -----------------------------------------------------------------------------------------------------
 
 
-def check_together(tree: dict, where: Where) -> list[str]:
-    """Refuse resolved values that are legal alone but not together; returns notes that are worth one line each."""
-    notes = _check_hardware(tree["hardware"], where) if "hardware" in tree else []
+def check_together(tree: dict, where: Where, gather: Gather | None = None) -> list[str]:
+    """Refuse resolved values that are legal alone but not together, all of them at once; returns notes that are worth one line
+    each. gather: of whoever collects faults, and raises them itself."""
+    own, notes = gather or Gather(), []
     if "hardware" in tree:
-        hardware = _concrete(tree["hardware"])[0]
-        _check_switches(hardware, tree.get("reuse", 1), where)
-        check_devices(tree, hardware, functools.partial(_clash, where))
-        _check_quantize(tree.get("backbone", {}), hardware, where)
-        _check_optimizer(tree.get("optimizer", {}), hardware, where)
+        notes += own(_check_hardware, tree["hardware"], where) or []
+        hardware = own(lambda: _concrete(tree["hardware"])[0])
+        own(_check_switches, hardware, tree.get("reuse", 1), where)
+        own(check_devices, tree, hardware, functools.partial(_clash, where))
+        own(_check_quantize, tree.get("backbone", {}), hardware, where)
+        own(_check_optimizer, tree.get("optimizer", {}), hardware, where)
     if "budget" in tree:
-        _check_budget(tree["budget"], where)
-        _check_batches(tree["budget"]["effective_batch"], _concrete(tree["hardware"])[0], where)
-        _check_resolution(tree["resolution"], tree["backbone"], where)
-        _check_validation(tree["validation"], tree["data"], where)
-        warmup, images = tree["optimizer"]["warmup_images"], tree["budget"]["images"]
-        if warmup >= images:
-            why = "the learning rate never reaches its peak"
-            notes.append(f"optimizer.warmup_images={warmup} outlasts budget.images={images}: {why}")
+        own(_check_budget, tree["budget"], where)
+        own(lambda: _check_batches(tree["budget"]["effective_batch"], hardware, where))
+        own(lambda: _check_resolution(tree["resolution"], tree["backbone"], where))
+        own(lambda: _check_validation(tree["validation"], tree["data"], where))
+        notes += own(_warmup_note, tree) or []
+    if gather is None:
+        own.done()
     return notes
+
+
+def _warmup_note(tree: dict) -> list[str]:
+    warmup, images = tree["optimizer"]["warmup_images"], tree["budget"]["images"]
+    if warmup < images:
+        return []
+    return [f"optimizer.warmup_images={warmup} outlasts budget.images={images}: the learning rate never reaches its peak"]
 
 
 def _clash(where: Where, keys: tuple[str, ...], fault: str) -> Incompatible:
     """Names the command line if any of the keys was set there, else the file of the first."""
     places = [where(key) for key in keys]
-    return Incompatible(f"{COMMAND_LINE if COMMAND_LINE in places else places[0]}: {fault}")
+    return Incompatible(f"{COMMAND_LINE if COMMAND_LINE in places else places[0]}: {fault}").of(between=keys)
 
 
 def _check_hardware(hardware: dict[str, Any], where: Where) -> list[str]:

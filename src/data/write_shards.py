@@ -89,7 +89,7 @@ def write_shards(
     shares the folder; workers: how many. Raises UserError if the folder holds other shards, or the disk is too small.
     """
     if engine == "ray":
-        _import_ray()
+        import_ray()
     plan = plan_shards(sources, out, shard_mib, picture, say)
     began, before = time.monotonic(), len(plan.missing())
     if before:
@@ -236,7 +236,8 @@ def _run_local(plan: ShardPlan, workers: int, say: Callable[[str], None]) -> Non
             job.result()
 
 
-def _import_ray() -> Any:
+def import_ray() -> Any:
+    """The package, which is optional. Raises UserError where it is missing."""
     try:
         import ray.data
     except ModuleNotFoundError as error:
@@ -244,15 +245,21 @@ def _import_ray() -> Any:
     return ray
 
 
-def _run_ray(plan: ShardPlan, workers: int, say: Callable[[str], None]) -> None:
-    """One Ray Data task per shard; every node must see the folder and the data. Ray starts a task again that dies, and its
-    lock died with it."""
-    ray = _import_ray()
+def started_ray(workers: int) -> Any:
+    """The package, connected to the cluster of RAY_ADDRESS, or with one on this machine of so many CPUs (0: all)."""
+    ray = import_ray()
     if not ray.is_initialized():
         own = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": workers or None, "include_dashboard": False}
         ray.init(log_to_driver=False, logging_level="ERROR", **own)
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
+    return ray
+
+
+def _run_ray(plan: ShardPlan, workers: int, say: Callable[[str], None]) -> None:
+    """One Ray Data task per shard; every node must see the folder and the data. Ray starts a task again that dies, and its
+    lock died with it."""
+    ray = started_ray(workers)
     left, shared = plan.missing(), ray.put(plan)
     jobs = ray.data.range(len(left), override_num_blocks=len(left))
     at_once = ray.data.TaskPoolStrategy(workers or None)

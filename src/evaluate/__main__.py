@@ -28,7 +28,11 @@ def main(cfg: "DictConfig") -> None:
         folder = compare_folders(cfg)
     else:
         subjects = find_subjects(cfg, typed)
+        from src import preflight
         from src.evaluate.flow import evaluate  # heavy: what is named wrongly is refused before
+
+        pictures = len(subjects) * (1 + len(cfg.arms)) * (cfg.n or cfg.evaluation_set.images or 0)
+        preflight.evaluation(cfg, subjects[0].cfg.backbone, pictures, subjects[0].cfg.resolution)
 
         folder = evaluate(cfg, subjects)
     print(f"run: {folder}", flush=True)

@@ -60,6 +60,10 @@ def evaluate(cfg: DictConfig, subjects: Sequence[Subject]) -> Path:
     from src import build
 
     build.quiet()
+    if cfg.engine == "ray":
+        from src.evaluate.on_ray import draw_parts
+
+        draw_parts(cfg, subjects, len(plan), say)
     work = Work(cfg, plan, measures, arms, Batches(cfg.batch, say), drawn_part(cfg.part))
     folders = [evaluate_one(work, subject) for subject in subjects]
     return folders[0] if len(folders) == 1 or work.part else compare(folders, folders[0].parent, say)

@@ -41,7 +41,7 @@ class WandbRun(RunLogger):
         self._logger: Any = None
         self._environ: dict[str, str | None] = {}
         self._aside: Aside | None = None
-        asked, why = _asked_mode(cfg.mode)
+        asked, why = asked_mode(cfg.mode)
         if rank_zero_only.rank != 0:
             return
         if asked == "disabled":
@@ -67,7 +67,7 @@ class WandbRun(RunLogger):
         for name, place in {"WANDB_DATA_DIR": folder / "data", "WANDB_CACHE_DIR": folder / "cache"}.items():
             self._environ[name] = os.environ.get(name)
             os.environ[name] = str(place)
-        mode, why = (asked, why) if asked == "offline" else reachable(wandb.setup().settings.base_url)
+        mode, why = (asked, why) if asked == "offline" else reachable(server())
         options = {"id": _run_id(folder / "run-id.txt"), "resume": "allow", "dir": str(self.run_dir), "config": config}
         group = cfg.group or os.environ.get("WANDB_RUN_GROUP")  # which a sweep sets for its cells
         options |= {"project": cfg.project, "entity": cfg.entity, "group": group, "tags": tags, "name": self.name}
@@ -167,7 +167,7 @@ class WandbRun(RunLogger):
         self._environ = {}
 
 
-def _asked_mode(configured: str) -> tuple[str, str]:
+def asked_mode(configured: str) -> tuple[str, str]:
     """(auto | online | offline | disabled, where it was said). WANDB_MODE wins over the config."""
     said = os.environ.get("WANDB_MODE", "").strip()
     where, mode = ("WANDB_MODE", said) if said else ("logger.mode", configured)
@@ -176,6 +176,13 @@ def _asked_mode(configured: str) -> tuple[str, str]:
     if said and configured not in ("auto", said):
         log.warning("WANDB_MODE=%s wins over logger.mode=%s", said, configured)
     return MODES[mode], f"{where}={mode}"
+
+
+def server() -> str:
+    """The address that W&B itself takes from the environment and its settings."""
+    import wandb
+
+    return wandb.setup().settings.base_url
 
 
 def reachable(base_url: str) -> tuple[str, str]:

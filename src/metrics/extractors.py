@@ -158,8 +158,8 @@ class Inception(TorchScript):
         return self.net.layers((x_B3HW - 128) / 128)
 
 
-def inception_file(weights: str | None, said: Callable[[str], None]) -> Path:
-    """Where the weights are; downloads them where they are not and the server answers. Raises UserError if all fails."""
+def find_inception(weights: str | None) -> Path | None:
+    """Where the weights are; None where they have to be downloaded, and can be. Raises UserError, in about a second, if not."""
     if weights is not None:
         file = Path(weights).expanduser()
         if not file.is_file():
@@ -169,14 +169,25 @@ def inception_file(weights: str | None, said: Callable[[str], None]) -> Path:
     for place in (home, CLEANFID_FOLDER / INCEPTION_FILE):
         if place.is_file():
             return place
-    from cleanfid import downloads_helper  # imports neither torch nor numpy
-
-    url = downloads_helper.inception_url
-    if not _answers(url):
+    if not _answers(_inception_url()):
         raise UserError(
             f"fid wants {INCEPTION_FILE}, which is not in {home.parent}, and its server does not answer: fetch it on a "
             f"machine with a network and name it in {SETTING}=<file>; for scenes take the extractor `scenes`"
         )
+    return None
+
+
+def _inception_url() -> str:
+    from cleanfid import downloads_helper  # imports neither torch nor numpy
+
+    return downloads_helper.inception_url
+
+
+def inception_file(weights: str | None, said: Callable[[str], None]) -> Path:
+    """Where the weights are; downloads them where they are not and the server answers. Raises UserError if all fails."""
+    if (found := find_inception(weights)) is not None:
+        return found
+    home, url = _torch_downloads() / INCEPTION_FILE, _inception_url()
     said(f"downloading {INCEPTION_FILE} (96 MB) to {home.parent}")
     home.parent.mkdir(parents=True, exist_ok=True)
     handle, part = tempfile.mkstemp(dir=home.parent, prefix=f".{home.name}.")

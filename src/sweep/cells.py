@@ -19,7 +19,7 @@ from src.construct import construct
 from src.results import command_line, git_state
 from src.support import check_cell
 from src.sweep.folder import SweepFolder
-from src.sweep.process import CellProcess, Ending, judge, tail
+from src.sweep.process import WARNING, CellProcess, Ending, judge, tail
 from src.sweep.rows import SETTLED, Row, exit_code, identity, key_of, label, table
 from src.types import UserError
 
@@ -90,7 +90,7 @@ class Sweep:
             check_pair(cfg)
         except UserError as exc:
             status = "skipped" if isinstance(exc, Unsupported) else "refused"
-            self._keep(Row(number, overrides, status, 0, _now(), error=str(exc)))
+            self._keep(Row(number, overrides, status, 0, _now(), error=" ".join(str(exc).split())))
             return None
         except Exception as exc:  # a fault of the program in this cell; the others may be well
             self._keep(Row(number, overrides, "failed", 0, _now(), error=f"before it began: {type(exc).__name__}: {exc}"))
@@ -137,7 +137,9 @@ class Sweep:
         cell = self.check(number, overrides)
         process = cell and self.start(cell)
         if process:
-            self.end(cell, process, process.wait())
+            with process.ending_first(WARNING):  # submitit requeues the job, and what runs then is killed within seconds
+                ending = process.wait()
+            self.end(cell, process, ending)
 
     def close(self) -> int:
         """Tell what became of every cell, and how to go on. -> the exit code of the sweep."""

@@ -1,19 +1,23 @@
 """A cell as a process of its own: started in a group of its own, watched, stopped, and judged by how it ended."""
 
 import contextlib
+import itertools
 import os
 import re
 import signal
 import subprocess
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from src.results import scrub
 
+WARNING = signal.SIGUSR2  # how submitit has Slurm warn a job before its time is over
 REFUSAL = "error: "  # how an entry begins the line that says what it refuses
 TAIL_BYTES = 64 * 1024  # of a log: what is read back of it
+_OF_A_LIST = re.compile(r"  \d+\. ")  # a line of the list of problems that an entry refuses at once
 _OUT_OF_MEMORY = re.compile(r"^[\w.]*(OutOfMemoryError|MemoryError)\b|out of memory|can't allocate memory|not enough memory")
 
 
@@ -66,7 +70,12 @@ class CellProcess:
                 env=env,
                 start_new_session=True,
                 pass_fds=tuple(inherit),
+                preexec_fn=_leave_to_the_launcher,  # noqa: PLW1509 (one call, and no lock is taken in it)
             )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     def poll(self) -> Ending | None:
         """How it ended, or None while it runs. Enforces the time limit, so call it often."""
@@ -95,6 +104,27 @@ class CellProcess:
                 time.sleep(every_s)
             raise
 
+    @contextlib.contextmanager
+    def ending_first(self, number: int) -> Iterator[None]:
+        """Inside, a signal that a launcher has a handler for ends this process first, and waits until it has saved: the handler
+        may give the machine back. number: of the signal."""
+        before = signal.getsignal(number)
+        if not callable(before) or threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def ended(found: int, frame: object) -> None:
+            self.stop()
+            while self.poll() is None:
+                time.sleep(0.1)
+            before(found, frame)
+
+        signal.signal(number, ended)
+        try:
+            yield
+        finally:
+            signal.signal(number, before)
+
     def stop(self) -> None:
         """Ask it to end; `poll` kills its whole group when the grace is over. A second call does not wait for that."""
         if self._told is None:
@@ -106,6 +136,11 @@ class CellProcess:
     def _kill_group(self) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
+
+
+def _leave_to_the_launcher() -> None:
+    """A scheduler warns all processes of a job at once: what follows from it, its launcher tells this one."""
+    signal.signal(WARNING, signal.SIG_IGN)
 
 
 def judge(ending: Ending, log: Path, limit_s: float | None) -> Verdict:
@@ -155,8 +190,9 @@ def tail(log: Path) -> list[str]:
 def error_line(lines: Sequence[str]) -> str | None:
     """What went wrong, in one line: the last refusal, or the exception of the last traceback; None without either."""
     for number in range(len(lines) - 1, -1, -1):
-        if lines[number].startswith(REFUSAL):
-            return lines[number]
+        if lines[number].startswith(REFUSAL):  # with the list that may belong to it
+            parts = itertools.takewhile(_OF_A_LIST.match, lines[number + 1 :])
+            return " ".join([lines[number], *(part.strip() for part in parts)])
         if lines[number].startswith("Traceback (most recent call last)"):
             return next((line for line in lines[number + 1 :] if not line[0].isspace()), lines[-1])
     return None

@@ -9,7 +9,6 @@ images since the start.
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable
@@ -74,13 +73,13 @@ def inf_gradient(step: str) -> None:
     ControlAdapter.configure_gradient_clipping = clip
 
 
-def no_step(number: str) -> None:
-    """An optimizer that does nothing at one of its steps: what a run with a skipped step must equal."""
+def no_step(*numbers: str) -> None:
+    """An optimizer that does nothing at some of its steps: what a run with skipped steps must equal."""
     original, calls = torch.optim.AdamW.step, []
 
     def step(self, closure=None):
         calls.append(1)
-        if len(calls) != int(number):
+        if str(len(calls)) not in numbers:
             return original(self, closure)
         with torch.enable_grad():
             return closure()
@@ -187,9 +186,11 @@ def fill_disk(folder: str, first: str, last: str) -> None:
 
 def no_check_of_space() -> None:
     """The disk fills up while the cache is written, and not before."""
+    from src import preflight
     from src.data import stores
 
     stores.check_space = lambda *args: None
+    preflight.disks = lambda needs: ()
 
 
 def kill_worker(position: str) -> None:
@@ -202,13 +203,13 @@ def kill_worker(position: str) -> None:
     at_training(position, kill)
 
 
-def signal_all(position: str) -> None:
+def signal_all(position: str, name: str) -> None:
     """As a scheduler does: to this process and to its workers."""
 
     def send(adapter, batch):
         for process in multiprocessing.active_children():
-            os.kill(process.pid, signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(process.pid, getattr(signal, name))
+        os.kill(os.getpid(), getattr(signal, name))
 
     at_training(position, send)
 
@@ -226,19 +227,6 @@ def wait_for(position: str, file: str) -> None:
             time.sleep(0.05)
 
     at_training(position, wait)
-
-
-def no_network(position: str) -> None:
-    """From a position on nobody is reached: connections to anywhere hang."""
-
-    def hang(*args):
-        time.sleep(3600)
-
-    def cut(adapter, batch):
-        socket.socket.connect = hang
-        socket.getaddrinfo = hang
-
-    at_training(position, cut)
 
 
 def stop_wandb(position: str) -> None:

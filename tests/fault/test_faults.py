@@ -4,14 +4,21 @@ happened to. What is promised: docs/faults.md."""
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
+from contextlib import contextmanager, suppress
 
+import numpy as np
 import pytest
+from omegaconf import OmegaConf
+from PIL import Image
 
 from tests.conftest import ROOT
 from tests.fault.helpers import (
+    HANGS_S,
     assert_refused,
     assert_same,
     command,
@@ -120,8 +127,11 @@ def test_too_many_in_a_row_end_the_run_and_keep_the_last_good_checkpoint(place, 
     out = place / "diverged"
     done = trained(out, "callbacks.guard.max_in_a_row=3", faults=("nan_losses:24",))
     assert_refused(done, "a loss is nan at step 9", "the 3th in a row", "optimizer.algorithm.lr")
-    assert resumed(out).returncode == 0  # from the sixth step, or the eighth with two steps skipped; the data is sound now
+    assert resumed(out).returncode == 0  # from the eighth step, two of them skipped; the data is sound now
     assert [e["images_seen"] for e in events(out, "skipped_step")] == [28, 32, 36]
+    idle = place / "idle-78"  # whose optimizer did nothing at the two steps that were skipped before the last saving
+    assert trained(idle, faults=("no_step:7:8",)).returncode == 0
+    assert all(a.equal(b) for a, b in zip(learned(out).values(), learned(idle).values(), strict=True))
 
 
 def test_weights_that_are_not_finite_are_never_saved(place, straight):
@@ -166,14 +176,62 @@ def test_a_signal_loses_nothing(place, straight, name, where):
     assert_same(out, straight)
 
 
-def test_a_signal_to_the_whole_group_leaves_the_workers_at_work(place, straight):
-    out = place / "group"
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_signal_in_a_step_and_to_the_whole_group_leaves_the_workers_at_work(place, straight, name):
+    out = place / f"group-{name}"
     words = ("hardware.workers=1",)
-    done = trained(out, *words, faults=("signal_all:20",))  # the first half of a step: its other half is still wanted
+    done = trained(out, *words, faults=(f"signal_all:20:{name}",))  # the first half of a step: its other half is still wanted
     assert done.returncode == 143, done.stdout + done.stderr
     assert (folder_of(out) / "checkpoints" / "images-000000024").is_dir()
+    assert events(out, "stopped")[0]["by"] == name
     assert resumed(out, *words).returncode == 0
     assert_same(out, straight)
+
+
+# ---- samples ----------------------------------------------------------------------------------------------------------
+
+
+def test_bad_samples_that_are_replaced_teach_what_their_replacements_teach(place):
+    """Equal to a run on a folder where somebody has put the next good picture and caption in the place of each bad one."""
+    bad, by_hand, draw = place / "bad-pictures", place / "mended-pictures", np.random.default_rng(0)
+    for folder in (bad, by_hand):
+        folder.mkdir()
+    for number in range(24):
+        pixels = draw.integers(0, 256, (4, 4, 3), np.uint8).repeat(8, 0).repeat(8, 1)
+        for folder in (bad, by_hand):
+            Image.fromarray(pixels).save(folder / f"{number:02d}.png")
+            (folder / f"{number:02d}.txt").write_text(f"picture {number}")
+    (bad / "05.png").write_bytes((bad / "05.png").read_bytes()[:60])  # torn
+    (bad / "11.png").write_bytes(b"no picture at all")
+    for number in (5, 11):
+        for suffix in ("png", "txt"):
+            (by_hand / f"{number:02d}.{suffix}").write_bytes((by_hand / f"{number + 1:02d}.{suffix}").read_bytes())
+    outs = []
+    for folder in (bad, by_hand):
+        outs.append(place / f"on-{folder.name}")
+        words = ("data=folder", f"data.path={folder}", "data.on_bad_sample=skip", "data.max_bad_share=0.5")
+        done = trained(outs[-1], *words)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert ("are bad and replaced" in done.stdout) == (folder == bad)
+    assert_same(*outs)
+
+
+# ---- room -------------------------------------------------------------------------------------------------------------
+
+
+def test_what_was_estimated_of_the_disk_is_what_is_written(place, straight):
+    from src.room import cache_needs, checkpoint_needs
+    from src.world import plan
+
+    cfg = OmegaConf.load(folder_of(straight) / "config.yaml")
+    made = plan(cfg)
+    (need,) = checkpoint_needs(cfg, made.backbone, resumed=True)
+    last = sorted((folder_of(straight) / "checkpoints").glob("images-*"))[-1]
+    assert sum(f.stat().st_size for f in last.rglob("*")) == pytest.approx(need.bytes, rel=0.1)
+    assert cache_needs([cfg], [made])[0].bytes == 0
+    cfg.cache_dir = str(place / "empty")
+    shards = sum(f.stat().st_size for f in (place / "cache").glob("[lct]*-*/rows-*.safetensors"))
+    assert cache_needs([cfg], [made])[0].bytes <= shards
 
 
 # ---- disks ------------------------------------------------------------------------------------------------------------
@@ -218,16 +276,63 @@ def test_wandb_that_hangs_holds_up_no_step(place, straight):
     began = time.monotonic()
     done = trained(out, "logger=wandb", faults=("stop_wandb:10",))
     assert done.returncode == 0, done.stdout + done.stderr
-    assert time.monotonic() - began < 120
+    assert time.monotonic() - began < HANGS_S / 2  # W&B itself would wait for ever
     assert_same(out, straight)
     assert "W&B" in done.stderr
 
 
-def test_no_network_once_training_has_begun(place, straight):
-    out = place / "network"
-    done = trained(out, "logger=wandb", faults=("no_network:6",))
+def test_a_wandb_server_that_never_answers_holds_up_no_step(place, straight, monkeypatch):
+    """Online was asked for, there is a key, and the server takes every connection and says nothing."""
+    out, key = place / "silent", "0123456789" * 4
+    with silent_server() as (address, taken):
+        extra = {"WANDB_MODE": "online", "WANDB_BASE_URL": address, "WANDB_API_KEY": key}
+        done = trained(out, "logger=wandb", "logger.mode=online", **extra)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert taken, "nobody asked the server"
+    assert "W&B offline: the server refused or was too slow" in done.stderr
     assert_same(out, straight)
+    assert not [f for f in out.rglob("*") if f.is_file() and key.encode() in f.read_bytes()]
+
+
+@pytest.mark.parametrize("asks", ["config('')", "fetch(('transformer',))"], ids=["a configuration", "weights"])
+def test_a_hub_that_never_answers_is_one_line(tmp_path, asks):
+    """Of what is not cached here: refused after the hub's library has tried, within `hub.WAIT_S` each time."""
+    line = f"""
+import time
+from src.backbones.source import ModelSource
+began = time.monotonic()
+try:
+    ModelSource('owner/name').{asks}
+finally:
+    print(time.monotonic() - began)
+"""
+    with silent_server() as (address, taken):
+        env = {**environment(), "HF_ENDPOINT": address, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+        done = subprocess.run(
+            [sys.executable, "-c", line], cwd=ROOT, env=env, capture_output=True, text=True, timeout=HANGS_S, check=False
+        )
+    assert taken, "nobody asked the server"
+    assert "SourceError: owner/name is not cached here and the hub cannot be reached" in done.stderr, done.stderr
+    assert float(done.stdout) < 120
+
+
+@contextmanager
+def silent_server():
+    """An address on this machine whose connections are taken and never answered. -> it, and the connections so far."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen(64)
+        taken = []
+
+        def take():
+            with suppress(OSError):  # it is closed at the end
+                while True:
+                    taken.append(listening.accept()[0])
+
+        threading.Thread(target=take, daemon=True).start()
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}", taken
+        for connection in taken:
+            connection.close()
 
 
 def test_a_dead_worker_is_replaced_once_at_the_same_position(place, straight):
@@ -272,7 +377,7 @@ def test_a_second_process_on_one_run_folder_is_refused(place, straight):
         assert_refused(second, "another process", str(first.pid), "trains in this run folder")
         assert {p: p.stat().st_mtime_ns for p in folder_of(out).rglob("*") if p.is_file()} == before
         go.touch()
-        assert first.communicate(timeout=120)[0] is not None
+        assert first.communicate(timeout=HANGS_S)[0] is not None
         assert first.returncode == 0
     finally:
         first.kill()
