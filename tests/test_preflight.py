@@ -245,3 +245,19 @@ def test_the_doctor_says_the_same_without_secrets(tmp_path, monkeypatch, capsys)
     said += capsys.readouterr().out
     assert SECRET not in said
     assert not (tmp_path / "runs").exists()
+
+
+def test_an_evaluation_is_judged_too(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    words = ["run=runs/x", "hardware=cpu", f"output_dir={tmp_path / 'drawn'}", f"cache_dir={tmp_path / 'file'}"]
+    cfg = load("evaluate", [*words, f"metrics.musiq_weights={tmp_path / 'none'}"])
+    small(monkeypatch, tmp_path, 3 * 64 * 64)  # two pictures, half as large as their pixels
+    with pytest.raises(UserError) as refused:
+        preflight.evaluation(cfg, cfg.backbone, pictures=3, side=64)
+    first, *lines = str(refused.value).splitlines()
+    assert first == "3 problems:"
+    for word, line in zip(("cache_dir=", "metrics.musiq_weights=", "3 pictures in output_dir="), lines, strict=True):
+        assert word in line
+    with open_dict(cfg):
+        cfg.cache_dir, cfg.metrics.musiq_weights = str(tmp_path / "cache"), None
+    preflight.evaluation(cfg, cfg.backbone, pictures=2, side=64)
