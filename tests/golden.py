@@ -24,10 +24,13 @@ CELLS = [f"{a}-{b}" for a, row in matrix().items() for b in EMBEDDED_BACKBONES i
 
 
 def machine() -> str:
-    """What decides the last bits of a sum: processor and torch."""
+    """What decides the last bits of a sum: processor, instructions and torch. Several generations share a model's name."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    return f"{name}, torch {torch.__version__}"
+    told = {}
+    for key, _, value in (line.partition(":") for line in lines):
+        told.setdefault(key.strip(), value.strip())
+    name = " ".join([told.get("model name", platform.processor()), *(told.get(key, "") for key in ("cpu family", "model"))])
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
 
 
 def losses(cell: str) -> list[float]:

