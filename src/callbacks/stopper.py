@@ -24,6 +24,14 @@ class GracefulStop(StepCallback):
     def on_fit_start(self, trainer: pl.Trainer, adapter: pl.LightningModule) -> None:
         self._listening.enter_context(listening(self.run.stop))
 
+    def on_train_start(self, trainer: pl.Trainer, adapter: pl.LightningModule) -> None:
+        super().on_train_start(trainer, adapter)
+        # Lightning has put a handler of its own around ours by now: it would end the run, with exit code 0, in the middle of
+        # a step whose gradients are half accumulated
+        self._listening.enter_context(listening(self.run.stop))
+        self.agree()
+        self.leave_if_asked(trainer, adapter)
+
     def teardown(self, trainer: pl.Trainer, adapter: pl.LightningModule, stage: str) -> None:
         self._listening.close()
 
