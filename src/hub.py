@@ -1,13 +1,14 @@
 """What can go wrong between this machine and the model hub, by kind: whoever asks the hub says the remedy in its own words; and
 what is read of a model that a stranger made."""
 
+import functools
 from pathlib import Path
 from typing import Any, Literal
 
 from src.types import UserError
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-WAIT_S = 5.0  # for an answer about a file; HF_HUB_DOWNLOAD_TIMEOUT, 10 s, is for the next bytes of its content
+WAIT_S = 5.0  # for the hub's first answer; HF_HUB_DOWNLOAD_TIMEOUT, 10 s, is for the next bytes of a file's content
 HubFault = Literal["gated", "revision", "missing", "layout", "unreachable"]
 
 
@@ -29,6 +30,22 @@ def hub_fault(error: BaseException) -> HubFault | None:
         return "layout"
     of_the_wire = type(error).__module__.startswith(("httpx", "httpcore"))
     return "unreachable" if of_the_wire or isinstance(error, (OSError, ValueError, errors.HfHubHTTPError)) else None
+
+
+@functools.cache
+def answers() -> bool:
+    """Whether the hub says anything at all within WAIT_S, asked once per process. Its own library would wait for minutes: it
+    tries again six times, 60 s each."""
+    import httpx
+    from huggingface_hub import constants
+
+    if constants.is_offline_mode():
+        return False
+    try:
+        httpx.head(constants.ENDPOINT, timeout=WAIT_S)
+    except (httpx.HTTPError, OSError):
+        return False
+    return True
 
 
 def from_safetensors(kind: Any, folder: Path, **options: Any) -> Any:

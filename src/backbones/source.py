@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from src.hub import WAIT_S, hub_fault
+from src.hub import answers, hub_fault
 from src.types import UserError
 
 SHAPES = Path(__file__).with_name("shapes.json")  # configurations of public models, as their config.json files have them
@@ -110,7 +110,7 @@ class ModelSource:
                     revision=self.revision,
                     allow_patterns=wanted,
                     ignore_patterns=["*.fp16.*"],
-                    etag_timeout=WAIT_S,
+                    local_files_only=not answers(),
                 )
             )
 
@@ -146,7 +146,7 @@ class ModelSource:
         from huggingface_hub import hf_hub_download
 
         with _hub_errors(self):
-            return Path(hf_hub_download(self.source, name, revision=self.revision, etag_timeout=WAIT_S))
+            return Path(hf_hub_download(self.source, name, revision=self.revision, local_files_only=not answers()))
 
 
 class _hub_errors:

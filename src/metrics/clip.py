@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from src.hub import hub_fault
+from src.hub import answers, hub_fault
 from src.metrics.extractors import Pictures, full_precision
 from src.metrics.intervals import Better
 from src.types import UserError
@@ -96,7 +96,7 @@ class ClipScores:
 
         try:
             model, found = transformers.CLIPModel.from_pretrained(
-                self.folder, local_files_only=True, output_loading_info=True, dtype="float32"
+                self.folder, local_files_only=True, output_loading_info=True, dtype="float32", use_safetensors=True
             )
             tokenizer = transformers.CLIPTokenizer.from_pretrained(self.folder, local_files_only=True)
             processor = CLIPImageProcessorPil.from_pretrained(self.folder, local_files_only=True)
@@ -128,7 +128,9 @@ def _folder(source: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(FILES), etag_timeout=5))
+        return Path(
+            snapshot_download(name, revision=revision or None, allow_patterns=list(FILES), local_files_only=not answers())
+        )
     except Exception as error:
         fault = hub_fault(error)
         if fault is None:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from src.hub import hub_fault
+from src.hub import answers, hub_fault
 from src.tasks import scene_probe
 from src.tasks.nearness import relative_nearness
 from src.tasks.skeleton import LAYOUTS
@@ -115,7 +115,7 @@ class HubModel:
             return folder / name
         from huggingface_hub import hf_hub_download
 
-        return self._fetched(lambda: hf_hub_download(self.hub_id, name, revision=self.revision, etag_timeout=5))
+        return self._fetched(lambda: hf_hub_download(self.hub_id, name, revision=self.revision, local_files_only=not answers()))
 
     def _fetched(self, fetch: Callable[[], str]) -> Path:
         """What the hub's own function gives; its exceptions become one line with the remedy."""
@@ -144,7 +144,11 @@ class HubModel:
         from huggingface_hub import snapshot_download
 
         wanted = ["*.json", "*.safetensors"]
-        return self._fetched(lambda: snapshot_download(self.hub_id, revision=self.revision, allow_patterns=wanted))
+        return self._fetched(
+            lambda: snapshot_download(
+                self.hub_id, revision=self.revision, allow_patterns=wanted, local_files_only=not answers()
+            )
+        )
 
     def settings(self) -> dict:
         content = self.revision if self.hub_id else _content_hash(self.folder)
@@ -213,7 +217,7 @@ def _loaded(detector: HubModel, kind: str) -> tuple[Any, Any]:
     folder = detector.weights()
     try:
         processor = transformers.AutoImageProcessor.from_pretrained(folder, local_files_only=True)
-        options = {"local_files_only": True, "output_loading_info": True}
+        options = {"local_files_only": True, "output_loading_info": True, "use_safetensors": True}
         model, loaded = getattr(transformers, kind).from_pretrained(folder, **options)
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise UserError(f"{detector.key} cannot be loaded: {str(error).splitlines()[0]}") from error
