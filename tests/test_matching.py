@@ -168,6 +168,9 @@ def test_own_follows_an_experiment_and_gives_way_to_the_command_line(tmp_path):
     own, (said,) = recipe_note("+experiment=dit_controlnet_pixart_canny", "recipe=own", "optimizer.algorithm.lr=0.5")
     assert "recipe=pixart_delta" in said
     assert (own["optimizer"]["algorithm"]["lr"], own["optimizer"]["clip_norm"]) == (0.5, 0.01)
+    assert design_of(own)["recipe"] == "pixart_delta"  # a rate is a column of its own
+    own["caption_dropout"] = 0.25
+    assert design_of(own)["recipe"] == "other"
     assert recipe_note("adapter=unicon", "together=[template]", "recipe=own")[1][0].endswith("who trains together with it")
     (tmp_path / "backbone").mkdir()
     (tmp_path / "backbone" / "mine.yaml").write_text((ROOT / "conf" / "backbone" / "sd3_tiny.yaml").read_text())
