@@ -83,14 +83,14 @@ def plan(cfg: DictConfig, beside: Plan | None = None) -> Plan:
     return Plan(backbone, task, train, val)
 
 
-def check_seen(task: Task, source: Source) -> None:
+def check_seen(task: Task, source: Source, trained: bool = False) -> None:
     """Refuse photos for a detector that knows rendered scenes alone. Maps of their own make conditions without it, and then
-    the scores are worth a line. Raises UserError."""
+    the scores are worth a line. trained: whether the task is that of a run which is over. Raises UserError."""
     if not task.sees_scenes_only or source.are_scenes:
         return
     name = "a depth model" if task.signal == "depth" else "a keypoint model"
     fault = f"task.detector=scene_probe knows the project's rendered scenes and no photos, and data={source.name} are photos"
-    fix = f"write task.detector=<hub id or folder of {name}>"
+    fix = f"{'train with' if trained else 'write'} task.detector=<hub id or folder of {name}>"
     if task.signal not in source.signals:
         raise UserError(
             f"{fault}: {fix}, or give the maps as data.signals={{{task.signal}: <folder>}}; data.are_scenes=true where they "

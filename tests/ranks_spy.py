@@ -1,7 +1,7 @@
 """`python -m src.train`, with what every micro-batch held written to SPY_FOLDER, and with a fault where FAULT asks for one.
 
 FAULT="<rank>:<images seen>:<what>": raise, hang, or kill when this rank has learned from so many images; nowhere: it cannot
-write checkpoints from the beginning.
+write checkpoints from the beginning. THAW=1: parameters that cannot matter are trained, too.
 """
 
 import hashlib
@@ -46,6 +46,8 @@ def fail(what: str) -> None:
 
 if __name__ == "__main__":
     ControlAdapter.training_step = spy
+    if os.environ.get("THAW"):
+        ControlAdapter.freeze_unreached = lambda self, names: None
     if os.environ.get("FAULT", "").endswith(":nowhere"):
         AdapterCheckpointIO.save_checkpoint = nowhere
     cli("train", src.train.main)

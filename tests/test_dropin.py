@@ -6,7 +6,12 @@ import json
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import (
+    DPMSolverSinglestepScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    StableDiffusion3Pipeline,
+    UniPCMultistepScheduler,
+)
 from omegaconf import OmegaConf
 from PIL import Image
 
@@ -47,6 +52,35 @@ def test_a_stock_pipeline_with_the_dropin_draws_what_we_draw_and_it_survives_a_f
     assert drift(theirs(plain, backbone), alone) < 1e-4
     size = sum(f.stat().st_size for f in (tmp_path / "network").iterdir())
     assert size < 1.1 * sum(t.nbytes for t in adapter.state_dict().values())  # nothing of the backbone
+
+
+OTHER_SCHEDULERS = [
+    (DPMSolverSinglestepScheduler, "unicon", "sd21_tiny"),
+    (FlowMatchHeunDiscreteScheduler, "unicon_half", "sd3_tiny"),  # two calls of the network per step
+    (UniPCMultistepScheduler, "dit_controlnet", "pixart_tiny"),
+]
+
+
+@pytest.mark.parametrize(("scheduler", "words", "base"), OTHER_SCHEDULERS, ids=lambda v: getattr(v, "__name__", v))
+def test_other_schedulers_of_diffusers_draw_with_the_dropin(scheduler, words, base, make):
+    cfg, backbone, adapter = make(words, base)
+    plain = stock_pipe(STOCK[base], backbone)
+    assert not isinstance(plain.scheduler, scheduler)
+    usual = theirs(plain, backbone)
+    chosen = scheduler.from_config(plain.scheduler.config)
+    plain.scheduler = chosen
+    alone = theirs(plain, backbone)
+    assert drift(alone, usual) > 1e-3  # it is another way to draw
+    network = ControlledNetwork(backbone, adapter, cfg).set_condition([drawing(0), drawing(1)])
+    pipe = stock_pipe(STOCK[base], backbone, **{backbone.NET: network})
+    pipe.scheduler = chosen
+    controlled = theirs(pipe, backbone)
+    assert bool(controlled.isfinite().all())
+    assert drift(controlled, alone) > 1e-2
+    network.set_condition([drawing(1), drawing(0)])
+    assert drift(theirs(pipe, backbone), controlled) > 1e-2
+    network.scale = 0.0
+    assert drift(theirs(pipe, backbone), alone) < 1e-4
 
 
 def test_a_whole_pipeline_with_the_dropin_is_saved_and_loaded(make, tmp_path):

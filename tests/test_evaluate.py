@@ -25,6 +25,7 @@ from src.evaluate.early import absent
 from src.evaluate.flow import evaluate
 from src.evaluate.manifest import check_like, read_manifest, write_manifest
 from src.evaluate.pictures import PictureFolder
+from src.evaluate.sets import open_set, plan_set
 from src.evaluate.subjects import find_subjects, trained_below
 from src.interop.export import export_adapter
 from src.metrics.intervals import metric
@@ -411,6 +412,51 @@ def test_own_pictures_and_a_task_that_compares_with_the_original(tmp_path, place
     with pytest.raises(UserError, match=r"was trained on 2 of the 5 images of this set.*data\.val_images=3"):
         evaluation(*words, "data.val_images=5", "metrics.names=[]")
     capsys.readouterr()
+
+
+@pytest.fixture
+def posed(tmp_path):
+    """-> words of a set of photos, each with a person's joints, of which the sixth are of another skeleton."""
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "joints").mkdir()
+    draws = np.random.default_rng(0)
+    for i in range(8):
+        Image.fromarray(draws.integers(0, 255, (64, 64, 3), np.uint8)).save(tmp_path / "photos" / f"{i}.png")
+        (tmp_path / "photos" / f"{i}.txt").write_text(f"picture {i}")
+        people = [[[1.0 + j, 2.0 + j, 2.0] for j in range(18 if i == 5 else 17)]]
+        (tmp_path / "joints" / f"{i}.json").write_text(json.dumps({"joints": people}))
+    words = ["checkpoint=nowhere", "evaluation_set=folder", f"data.path={tmp_path / 'photos'}", "data.val_images=4"]
+    return [*words, "n=null", "hardware=cpu", "hardware.workers=0", f"cache_dir={tmp_path / 'cache'}"]
+
+
+@pytest.mark.parametrize(("task", "signal"), [("depth", "depth"), ("pose", "joints")])
+def test_photos_are_refused_for_the_scene_probe(task, signal, posed, capsys):
+    fault = rf"data=folder are photos: write task\.detector=.*data\.signals={{{signal}: <folder>}}"
+    with pytest.raises(UserError, match=fault):
+        evaluation(*posed, f"task={task}")
+    cfg = resolve_hardware(load("evaluate", [*posed, f"task={task}"]))
+    with pytest.raises(UserError, match=r"photos: train with task\.detector="):  # a run brings its task along
+        plan_set(cfg, build.construct(cfg.task), True, 64, print)
+    cfg = resolve_hardware(load("evaluate", [*posed, f"task={task}", "data.are_scenes=true"]))
+    capsys.readouterr()
+    assert len(plan_set(cfg, build.construct(cfg.task), False, 64, print)) == 4
+    assert "photos" not in capsys.readouterr().out
+
+
+def test_a_map_that_the_task_cannot_read_is_replaced_or_ends_an_evaluation(posed, tmp_path, capsys):
+    words = [*posed, "task=pose", "task.layout=coco17", "data.max_bad_share=0.5"]
+    words += [f"data.signals={{joints: {tmp_path / 'joints'}}}"]
+    cfg = resolve_hardware(load("evaluate", [*words, "data.on_bad_sample=skip"]))
+    task, said = build.construct(cfg.task), []
+    made = plan_set(cfg, task, False, 64, said.append)
+    assert "the scores pose_oks_map and pose_pck mean nothing" in capsys.readouterr().out
+    assert [made.source.describe(row)[0] for row in range(4)] == ["4.png", "6.png", "6.png", "7.png"]
+    assert any("1 of 4 samples of folder are bad and replaced" in line for line in said)
+    opened = open_set(made, task, tmp_path / "set", said.append)
+    assert len(opened.conditions) == 4
+    cfg = resolve_hardware(load("evaluate", words))
+    with pytest.raises(UserError, match=r"5\.png: .*18"):
+        open_set(plan_set(cfg, task, False, 64, said.append), task, tmp_path / "other", said.append)
 
 
 # ---- refusals ---------------------------------------------------------------------------------------------------------

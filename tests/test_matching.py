@@ -4,12 +4,15 @@ import re
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from src import build
-from src.config import ConfigError, load
+from src.config import ConfigError, Request, TrainConfig, composed, load
+from src.config.recipes import PUBLISHED
 from src.construct import construct
 from src.matching import TOLERANCE, NoMatch, matched
 from src.objectives import EpsilonPrediction, FlowMatching
+from src.results.design import design_of, flat
 from src.types import UserError
 from tests.conftest import CPU, ROOT
 
@@ -114,7 +117,7 @@ def test_every_recipe_composes_and_states_its_source():
     for file in sorted((ROOT / "conf" / "recipe").glob("*.yaml")):
         cfg = load("train", [f"recipe={file.stem}", "hardware=cpu"])
         assert cfg.time_law in ("native", "cubic")
-        assert file.stem == "fair" or "arXiv" in file.read_text() or "diffusers examples" in file.read_text(), file
+        assert file.stem in ("fair", "own") or "arXiv" in file.read_text() or "diffusers examples" in file.read_text(), file
 
 
 def test_a_recipe_changes_how_and_not_what():
@@ -123,6 +126,66 @@ def test_a_recipe_changes_how_and_not_what():
     assert own.optimizer.algorithm.lr == 1e-5
     assert fair.optimizer.algorithm.lr != own.optimizer.algorithm.lr
     assert own.adapter == fair.adapter
+
+
+def recipe_note(*words: str) -> tuple[dict, list[str]]:
+    """-> what a command line trains by, and what `recipe=own` says of it."""
+    cfg, notes = composed(Request("train", TrainConfig, (*words, "hardware=cpu", "task=deblur")))
+    return OmegaConf.to_container(cfg, resolve=True), [note for note in notes if note.startswith("recipe=own: ")]
+
+
+OWN_RECIPES = {
+    ("controlnet", "sd21_tiny"): "controlnet",
+    ("dit_controlnet", "sd3_tiny"): "controlnet_sd3",
+    ("dit_controlnet", "pixart_alpha"): "pixart_delta",
+    ("t2i_adapter", "sd21_tiny"): "t2i_adapter",
+    ("t2i_adapter", "pixart_tiny"): "t2i_adapter",
+    ("unicon", "sd3_tiny"): "fair",
+    ("unicon_half", "sd21_tiny"): "fair",
+    ("template", "pixart_tiny"): "fair",
+}
+
+
+@pytest.mark.parametrize(("cell", "named"), OWN_RECIPES.items(), ids=lambda v: "-".join(v) if isinstance(v, tuple) else v)
+def test_own_is_the_recipe_of_the_adapter_and_says_which(cell, named):
+    own, (said,) = recipe_note(f"adapter={cell[0]}", f"backbone={cell[1]}", "recipe=own")
+    values = flat(OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / "recipe" / f"{named}.yaml")))
+    values.pop("defaults", None)
+    assert {key: flat(own)[key] for key in values} == values
+    assert said.endswith(f"recipe={named}")
+    assert ("no recipe was published" in said) == (named == "fair")
+    assert design_of(own)["recipe"] == named
+
+
+def test_every_adapter_is_in_the_list_of_recipes():
+    assert {adapter for adapter, _ in OWN_RECIPES} == {file.stem for file in (ROOT / "conf" / "adapter").glob("*.yaml")}
+    assert {name for of in PUBLISHED.values() for name in of.values()} | {"fair", "own"} == {
+        file.stem for file in (ROOT / "conf" / "recipe").glob("*.yaml")
+    }
+
+
+def test_own_follows_an_experiment_and_gives_way_to_the_command_line(tmp_path):
+    own, (said,) = recipe_note("+experiment=dit_controlnet_pixart_canny", "recipe=own", "optimizer.algorithm.lr=0.5")
+    assert "recipe=pixart_delta" in said
+    assert (own["optimizer"]["algorithm"]["lr"], own["optimizer"]["clip_norm"]) == (0.5, 0.01)
+    assert design_of(own)["recipe"] == "pixart_delta"  # a rate is a column of its own
+    own["caption_dropout"] = 0.25
+    assert design_of(own)["recipe"] == "other"
+    assert recipe_note("adapter=unicon", "together=[template]", "recipe=own")[1][0].endswith("who trains together with it")
+    (tmp_path / "backbone").mkdir()
+    (tmp_path / "backbone" / "mine.yaml").write_text((ROOT / "conf" / "backbone" / "sd3_tiny.yaml").read_text())
+    words = ("backbone=mine", "adapter=dit_controlnet", "hardware=cpu", "recipe=own")
+    with pytest.raises(ConfigError, match=r"recipe=own knows the backbones of conf/ alone; write recipe=controlnet_sd3"):
+        composed(Request("train", TrainConfig, words, extra_dir=str(tmp_path)))
+
+
+def test_what_own_stands_for_is_checked_as_any_option():
+    with pytest.raises(ConfigError, match="recipe=owm is not in conf/recipe; did you mean own"):
+        load("train", ["recipe=owm"])
+    with pytest.raises(ConfigError, match="adapter=unicorn is not in conf/adapter; did you mean unicon"):
+        load("train", ["recipe=own", "adapter=unicorn"])
+    with pytest.raises(ConfigError, match="backbone=sd3_tin is not in conf/backbone; did you mean sd3_tiny"):
+        load("train", ["recipe=own", "backbone=sd3_tin"])
 
 
 @pytest.mark.parametrize("objective", [FlowMatching(), EpsilonPrediction()])

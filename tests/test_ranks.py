@@ -109,6 +109,21 @@ def test_two_processes_learn_bit_for_bit_what_one_does(alone, tmp_path, cache_di
 
 
 @pytest.mark.slow
+def test_copies_whose_dead_parameters_are_frozen_wait_for_no_gradient(tmp_path, cache_dir):
+    """The text path of SD3's last copy is read by nobody, and DDP is not told to look for such: thawed, it ends the run."""
+    words = [*RUN, "adapter=dit_controlnet", "backbone=sd3_tiny"]
+    one = run_of(go(tmp_path / "one", cache_dir, *words, f"output_dir={tmp_path / 'one'}"))
+    two = run_of(go(tmp_path / "two", cache_dir, *words, *TWO, f"output_dir={tmp_path / 'two'}"))
+    assert rows(two) == rows(one)
+    assert len(rows(two)) == 4
+    assert all(torch.equal(a, b) for a, b in zip(weights(two).values(), weights(one).values(), strict=True))
+    assert outcome(two)["frozen_dead_m"] > 0
+    thawed = go(tmp_path / "thawed", cache_dir, *words, *TWO, f"output_dir={tmp_path / 'thawed'}", THAW="1")
+    assert thawed.returncode not in (0, 2)
+    assert "has parameters that were not used" in thawed.stdout + thawed.stderr
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("shard", ["adapter", "both"])
 def test_sharded_weights_learn_the_same_to_rounding(alone, tmp_path, cache_dir, shard):
     folder = run_of(go(tmp_path, cache_dir, *RUN, *SHARDED, f"hardware.shard={shard}", f"output_dir={tmp_path}"))

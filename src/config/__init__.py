@@ -24,6 +24,7 @@ from src.config.checks import check_names, check_nodes, check_secrets, check_typ
 from src.config.compose import COMMAND_LINE, CONF, Request, compose
 from src.config.messages import ConfigError, Gather, Incompatible, Unsupported, Where, key_is
 from src.config.older import brought_up
+from src.config.recipes import own_note
 from src.config.rules import NOT_SCIENCE, accumulation, check_together, config_sha, resolve_hardware, science_diff
 from src.config.schema import SCHEMAS, ExportConfig, PrepareConfig, SampleConfig, TrainConfig, only
 from src.results import hide_secrets
@@ -166,6 +167,7 @@ def _is_here(package: str) -> bool:
 
 def _checked(cfg: DictConfig, schema: type, where: Where) -> tuple[DictConfig, list[str]]:
     """The configuration without Hydra's node, and notes that are worth a line. Raises all faults at once."""
+    choices = cfg.hydra.runtime.choices
     with open_dict(cfg):
         del cfg["hydra"]
     gather = Gather()
@@ -176,8 +178,9 @@ def _checked(cfg: DictConfig, schema: type, where: Where) -> tuple[DictConfig, l
         gather(check_values, tree, schema, where)
         gather(check_nodes, tree, schema, where)
         notes = check_together(tree, where, gather)
+    own = gather(own_note, cfg, choices)
     gather.done()
-    return cfg, notes
+    return cfg, [*notes, *([own] if own else [])]
 
 
 def _recheck(config_name: str, job: Any) -> None:

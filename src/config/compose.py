@@ -216,7 +216,7 @@ def _defaults_of(repo: Any, config_path: str, primary: str) -> set[str]:
             known = [g for g in repo.get_group_options("", None) if repo.group_exists(g)]
             raise ConfigError(f"{place}: defaults: {group}: {item.value}: no such group{nearest(name, known)}")
         for option in item.value if isinstance(item.value, list) else [item.value]:
-            if isinstance(option, str) and option != "???":
+            if isinstance(option, str) and option != "???" and "${" not in option:  # else other choices decide
                 _check_option(repo, place, name, option)
     return groups
 

@@ -48,13 +48,12 @@ def evaluate(cfg: DictConfig, subjects: Sequence[Subject]) -> Path:
     """Evaluate adapters from `find_subjects` as a resolved configuration says. -> the folder of the one, or the one that holds
     all. Raises UserError before a weight is read for whatever can be known by then."""
     arms = named_arms(cfg.arms)
-    plan = plan_set(cfg, subjects[0].cfg.resolution, say)
+    task, of_a_run = construct(without_weights(subjects[0].cfg.task)), subjects[0].checkpoint is not None
+    plan = plan_set(cfg, task, of_a_run, subjects[0].cfg.resolution, say)
     for subject in subjects:
         if subject.checkpoint is not None:
             refuse_training_images(plan, cfg.data, subject.cfg, subject.label)
-    task = construct(without_weights(subjects[0].cfg.task))
-    of_scenes = cfg.data["_target_"].endswith(".SceneSource")
-    measures = plan_measures(cfg, task, of_scenes, plan.source.resolution, say)
+    measures = plan_measures(cfg, task, plan.source.are_scenes, plan.source.resolution, say)
     torch.set_num_threads(cfg.hardware.threads)
     torch.backends.cudnn.deterministic = True
     from src import build

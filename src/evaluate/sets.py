@@ -21,6 +21,7 @@ from src.data.tolerant import tolerant
 from src.evaluate.pictures import PictureFolder, Pictures, Progress, Say
 from src.tasks.base import Task
 from src.types import Sample, UserError
+from src.world import check_seen
 
 FILTER_NAMES = {cv2.INTER_AREA: "area", cv2.INTER_CUBIC: "cubic", cv2.INTER_LINEAR: "linear"}
 
@@ -84,9 +85,12 @@ class First(Source):
         return f"{self.source.pictures_fingerprint()}-first{self.count}"
 
 
-def plan_set(cfg: DictConfig, resolution: int, said: Say) -> Plan:
-    """The set that `evaluation_set`, `data` and `n` name. Raises UserError for more images than it has, for data that is not
-    the named set's, and for a task that would need several sizes."""
+def plan_set(cfg: DictConfig, task: Task, trained: bool, resolution: int, said: Say) -> Plan:
+    """The set that `evaluation_set`, `data` and `n` name. trained: whether the task is that of a run.
+
+    Raises UserError for more images than it has, for data that is not the named set's, for images of several sizes, and for
+    photos that the task's detector does not know.
+    """
     chosen = cfg.evaluation_set
     source = construct(cfg.data, split=chosen.split, resolution=resolution)
     if chosen.fingerprint is not None and source.fingerprint() != chosen.fingerprint:
@@ -105,8 +109,9 @@ def plan_set(cfg: DictConfig, resolution: int, said: Say) -> Plan:
     sizes = {source.size_of(row) for row in range(count)}
     if len(sizes) > 1:
         raise UserError(f"evaluation_set.split={chosen.split} has images of {len(sizes)} sizes; write data.buckets=null")
+    check_seen(task, source, trained)
     framing = framing_of(source)
-    source = tolerant(source, Path(cfg.cache_dir), cfg.hardware.workers, said)
+    source = tolerant(source, Path(cfg.cache_dir), cfg.hardware.workers, said, [task])
     return Plan(chosen.name, chosen.split, chosen.seed, First(source, count) if count < len(source) else source, framing)
 
 

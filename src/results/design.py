@@ -20,7 +20,7 @@ OTHERS = ("time_law", "ema_decay", "reuse")
 WHOLE = ("optimizer.", "feature_cache.", "budget.images")
 UNNAMED = (RATE, "optimizer.algorithm._partial_", "optimizer.algorithm.fused", "feature_cache.budget_gib")
 PLACES = ("path", "table", "index_dir")  # of data: where they lie
-OWN = "own"  # a recipe that has no file
+OTHER = "other"  # a recipe that has no file
 
 
 def flat(tree: Any, key: str = "") -> dict[str, Any]:
@@ -65,14 +65,15 @@ def noise_seed_of(cfg: DictConfig | Mapping[str, Any]) -> int | None:
 
 def recipe_of(keys: Mapping[str, Any]) -> str:
     """The file of conf/recipe with whose every value these dotted keys agree, apart from the learning rate; the one that says
-    most, if several do. `OWN` for none."""
+    most, if several do. `OTHER` for none."""
     fits = [(len(wanted), name) for name, wanted in _recipes().items() if all(keys.get(k) == v for k, v in wanted.items())]
-    return max(fits)[1] if fits else OWN
+    return max(fits)[1] if fits else OTHER
 
 
 @cache
 def _recipes() -> dict[str, dict[str, Any]]:
     read = {file.stem: OmegaConf.to_container(OmegaConf.load(file)) for file in sorted((CONF / "recipe").glob("*.yaml"))}
+    read = {name: node for name, node in read.items() if node.keys() - {"defaults"}}  # `own` names one of the others
     bases = {name: [base for base in node.pop("defaults", []) if isinstance(base, str)] for name, node in read.items()}
     own = {name: {k: v for k, v in flat(node).items() if k != RATE} for name, node in read.items()}
     return {name: {**{k: v for base in bases[name] for k, v in own[base].items()}, **own[name]} for name in read}
