@@ -139,7 +139,7 @@ def test_sample_makes_the_condition_of_a_photo_and_says_that_it_was_cropped(fini
     common = [f"run={run}", "prompt='a small blue cube, brown floor'", "steps=1", "hardware=cpu", "condition_is_image=true"]
     done = run_entry("sample", *common, f"condition={photo}", f"out={tmp_path / 'one.png'}")
     assert done.returncode == 0, done.stderr
-    assert "160 x 128 pixels, scaled and cropped to 64" in done.stdout
+    assert "160 x 128 pixels, read as a photo, scaled and cropped to 64" in done.stdout
     assert (tmp_path / "one.png").exists()
 
 
