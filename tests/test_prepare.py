@@ -86,7 +86,9 @@ def made(request, workshop, tmp_path_factory):
 # ---- training ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(  # one loop trains them all
+    "name", [pytest.param(name, marks=() if name == "pixart_tiny" else pytest.mark.slow) for name in NAMES]
+)
 def test_a_killed_training_goes_on_as_if_nothing_had_been(name, workshop, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "LOG_EVERY", 2)
     whole, killed = (another_cache(workshop, tmp_path / folder) for folder in ("whole", "killed"))
