@@ -21,7 +21,7 @@ from src.construct import construct
 from src.data.source import faults_kept
 from src.data.tolerant import tolerant
 from src.profiling.device import device_name, processor
-from src.types import UserError
+from src.vocabulary import refused_in_one_line
 
 VERBS = {  # verb -> the configuration that it composes, and what it is for
     "check": ("prepare_check", "counts, sizes, captions and the worst problems of a data set, in seconds"),
@@ -38,11 +38,8 @@ SPEED_IMAGES, SPEED_SECONDS, SPEED_STEPS = 256, 3.0, 50  # `speed`: pictures of 
 
 def main(argv: list[str]) -> None:
     """Run the verb that `argv`, the words behind the module's name, begins with."""
-    try:
+    with refused_in_one_line():
         verb, words = split_verb(argv)
-    except UserError as exc:
-        print(f"error: {exc}", file=sys.stderr)
-        raise SystemExit(2) from None
     if any(flag in words for flag in HELP_FLAGS):
         if verb is None:
             print(verbs_help())

@@ -1,5 +1,8 @@
 """Words that a configuration is made of, for whoever must not wait for torch: help, and what is refused by its words alone."""
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 ConditionSpace = Literal["latent", "pixel"]
@@ -20,3 +23,13 @@ SOLVERS: dict[str, tuple[str, ...]] = {  # name -> kinds of models that it can s
 
 class UserError(Exception):
     """Something the person at the keyboard can mend: printed as one line, exit code 2, no traceback."""
+
+
+@contextmanager
+def refused_in_one_line() -> Iterator[None]:
+    """Around an entry that is no configured command: a UserError is printed as one line and ends the process with code 2."""
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None

@@ -13,7 +13,7 @@ Not in it: the pass that fills the cache, validations, and time lost to other no
 import sys
 from dataclasses import dataclass
 
-from src.types import UserError
+from src.vocabulary import UserError, refused_in_one_line
 
 OWN = ("images", "steps", "share", "price")
 
@@ -101,8 +101,5 @@ def main(typed: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with refused_in_one_line():
         main(sys.argv[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None

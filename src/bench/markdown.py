@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from src.types import UserError
+from src.vocabulary import UserError, refused_in_one_line
 
 MIB = 2**20
 
@@ -130,10 +130,7 @@ def markdown(folders: list[Path]) -> str:
 
 
 if __name__ == "__main__":
-    try:
+    with refused_in_one_line():
         if len(sys.argv) < 2:
             raise UserError("give folders: python -m src.bench.markdown runs/bench_gpu")
         print(markdown([Path(word) for word in sys.argv[1:]]))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None

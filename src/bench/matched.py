@@ -13,7 +13,7 @@ import shlex
 import sys
 from collections.abc import Mapping
 
-from src.types import UserError
+from src.vocabulary import UserError, refused_in_one_line
 
 PROFILE = "h200"  # of the estimates: any one does, as long as it is the same
 
@@ -78,8 +78,5 @@ def main(typed: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with refused_in_one_line():
         main(sys.argv[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None

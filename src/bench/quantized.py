@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from src.config import load, resolve_hardware
 from src.config.messages import nearest
-from src.types import UserError
+from src.vocabulary import UserError, refused_in_one_line
 
 if TYPE_CHECKING:
     import numpy as np
@@ -180,8 +180,5 @@ def main(typed: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with refused_in_one_line():
         main(sys.argv[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None

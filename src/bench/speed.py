@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from src.config import cli, resolve_hardware
 from src.config.messages import nearest
-from src.types import UserError
+from src.vocabulary import UserError, refused_in_one_line
 
 ROOT = Path(__file__).resolve().parents[2]
 ROUNDS, WARM_UP = 15, 3  # pairs of steps that are timed, and steps of each before
@@ -236,9 +236,6 @@ def split_words(argv: list[str]) -> tuple[list[str], list[str]]:
 
 
 if __name__ == "__main__":
-    try:
+    with refused_in_one_line():
         names, sys.argv[1:] = split_words(sys.argv[1:])
-    except UserError as exc:
-        print(f"error: {exc}", file=sys.stderr)
-        raise SystemExit(2) from None
     cli("train", lambda cfg: main(cfg, names))

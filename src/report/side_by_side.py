@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from src.plots import GRID_COLUMNS, plot_grid, read_grid
-from src.types import UserError
+from src.vocabulary import UserError, refused_in_one_line
 
 HOME = Path(__file__).resolve().parents[2] / "experiments"
 SHARED = ("source", "condition")  # of a scene, whatever the backbone
@@ -90,9 +90,6 @@ def combine(task: str, home: Path = HOME) -> list[Path]:
 
 
 if __name__ == "__main__":
-    try:
+    with refused_in_one_line():
         for written in combine(sys.argv[1] if len(sys.argv) > 1 else "canny"):
             print(f"wrote {written.relative_to(HOME.parent)}")
-    except UserError as exc:
-        print(f"error: {exc}", file=sys.stderr)
-        raise SystemExit(2) from None
