@@ -62,7 +62,7 @@ bench-gpu: $(BENCH_READY) ## memory and speed on this machine's GPU, in about 10
 	$(BENCH_PYTHON) -m src.bench.markdown $(GPU) $(GO_ON)
 
 soak: $(STAMP) ## a long training with random kills beside one without: equal to the bit, or not
-	$(BIN)/python -m tests.fault.soak --steps 4000 --kills 12 --out runs/soak/results.json
+	$(BIN)/python -m tests.fault.soak --steps 4000 --kills 12 --out runs/soak/soak.json
 
 report: $(STAMP) ## tables, plots and one page of everything below runs/
 	$(BIN)/python -m src.report runs=[runs] out=report

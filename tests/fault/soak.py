@@ -1,6 +1,6 @@
 """A long training with random kills beside one without: equal to the bit, or not; and whether it holds more and more.
 
-    python -m tests.fault.soak --steps 4000 --kills 12 --out runs/soak/results.json
+    python -m tests.fault.soak --steps 4000 --kills 12 --out runs/soak/soak.json
 
 Both are processes of `python -m src.train`, whose memory and open files are read every second. The one is let alone. The other
 is killed at random moments (SIGKILL twice as often as SIGTERM), in whatever it does then, and resumed by the same command. Then
