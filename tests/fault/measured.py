@@ -1,7 +1,7 @@
 """Writes what the fault tests did into the last column of the table in docs/faults.md.
 
     python -m pytest -m fault tests --junitxml=runs/faults.xml
-    python -m tests.fault.measured runs/faults.xml
+    python -m tests.fault.measured runs/faults.xml            # or, of some tests that ran once more: again runs/more.xml
 
 The tests of a row are those that its third column names: `test_killed_*`, or a file. Below the table stand commit and machine.
 """
@@ -46,7 +46,7 @@ def cases(report: Path) -> list[Case]:
     return found
 
 
-def measured(row: str, found: list[Case]) -> str:
+def measured(row: str, found: list[Case], again: bool = False) -> str:
     """A row of the table with its last column filled in; any other line as it is. A row whose tests did not run stays, too."""
     cells = [cell.strip() for cell in row.strip().strip("|").split("|")]
     patterns = re.findall(r"`([^`]+)`", cells[2]) if len(cells) == 4 else []
@@ -56,21 +56,22 @@ def measured(row: str, found: list[Case]) -> str:
     counts = Counter(case.outcome for case in own)
     told = ", ".join(f"{counts[outcome]} {outcome}" for outcome in ("passed", "skipped", "failed") if counts[outcome])
     why = "; ".join(sorted({case.why for case in own if case.why}))
-    cells[3] = f"{told}, {sum(case.seconds for case in own):.0f} s{f' ({why})' if why else ''}"
+    told = f"{told}, {sum(case.seconds for case in own):.0f} s{f' ({why})' if why else ''}"
+    cells[3] = f"{cells[3]}; once more: {told}" if again else told
     return f"| {' | '.join(cells)} |"
 
 
-def main(report: Path) -> None:
-    """Rewrite the page."""
+def main(report: Path, again: bool = False) -> None:
+    """Rewrite the page. again: only some tests ran, at a later commit; the rows that have them tell these, the line below both."""
     found, (sha, dirty) = cases(report), git_state(ROOT)
-    page = "\n".join(measured(row, found) if row.startswith("| ") else row for row in PAGE.read_text().split("\n"))
+    page = "\n".join(measured(row, found, again) if row.startswith("| ") else row for row in PAGE.read_text().split("\n"))
     counts = Counter(case.outcome for case in found)
     told = ", ".join(f"{counts[outcome]} {outcome}" for outcome in ("passed", "skipped", "failed"))
     line = f"Measured at commit {sha[:12]}{' with changes' if dirty else ''} on {cpu()}: {told}; {len(found)} tests, "
     line += f"{sum(case.seconds for case in found) / 60:.0f} minutes."
-    PAGE.write_text(LINE.sub(lambda _: line, page, count=1))
+    PAGE.write_text(LINE.sub(lambda old: f"{old[0]} Again, the failed ones alone: {line}" if again else line, page, count=1))
     print(line)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[-1]), again=sys.argv[1] == "again")

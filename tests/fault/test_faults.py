@@ -278,7 +278,7 @@ def test_wandb_that_hangs_holds_up_no_step(place, straight):
     assert done.returncode == 0, done.stdout + done.stderr
     assert time.monotonic() - began < HANGS_S / 2  # W&B itself would wait for ever
     assert_same(out, straight)
-    assert "W&B" in done.stderr
+    assert "W&B did not finish" in done.stdout + done.stderr
 
 
 def test_a_wandb_server_that_never_answers_holds_up_no_step(place, straight):
@@ -347,7 +347,8 @@ def test_a_dead_worker_is_replaced_once_at_the_same_position(place, straight):
 def test_a_second_dead_worker_ends_the_run_with_a_checkpoint(place, straight):
     out = place / "workers"
     done = trained(out, "hardware.workers=2", faults=("kill_worker:14", "kill_worker:30"))
-    assert_refused(done, "a worker of the data loader", "Killed", "hardware.workers=1, now 2", "ran out of memory")
+    # whether the signal is known depends on who sees the death first, the loader's queue or its watch
+    assert_refused(done, "a worker of the data loader", "hardware.workers=1, now 2", "ran out of memory")
     assert sorted((folder_of(out) / "checkpoints").glob("images-*"))[-1].name >= "images-000000024"
     assert resumed(out).returncode == 0
     assert_same(out, straight)
