@@ -62,7 +62,7 @@ def measured(row: str, found: list[Case], again: bool = False) -> str:
 
 
 def main(report: Path, again: bool = False) -> None:
-    """Rewrite the page. again: only some tests ran, at a later commit; the rows that have them tell these, the line below both."""
+    """Rewrite the page. again: only some tests ran, at a later commit: their rows and the line below tell both."""
     found, (sha, dirty) = cases(report), git_state(ROOT)
     page = "\n".join(measured(row, found, again) if row.startswith("| ") else row for row in PAGE.read_text().split("\n"))
     counts = Counter(case.outcome for case in found)
