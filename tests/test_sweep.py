@@ -231,8 +231,12 @@ def test_a_signal_stops_the_cell_and_keeps_the_rows(number, shell):
             time.sleep(0.05)
         os.kill(os.getpid(), number)
 
-    threading.Thread(target=interrupt, daemon=True).start()
-    assert shell("-m", "seed=0,4,5") == 128 + number
+    before = signal.signal(number, signal.default_int_handler)  # a shell may have started these tests with SIGINT ignored
+    try:
+        threading.Thread(target=interrupt, daemon=True).start()
+        assert shell("-m", "seed=0,4,5") == 128 + number
+    finally:
+        signal.signal(number, before)
     assert [row["number"] for row in shell.rows()] == [0]
     assert shell.began() == [0, 4]
     assert "3 cells: 1 done, 2 not run" in shell.out
