@@ -238,9 +238,11 @@ def test_the_doctor_says_the_same_without_secrets(tmp_path, monkeypatch, capsys)
     said = capsys.readouterr().out
     for line in ("token of the hub           yes", "W&B                        offline", "torch  ", "no problems"):
         assert line in said
-    assert doctor.main([*words, f"output_dir={tmp_path / 'file'}", f"tags=[{SECRET}]"]) == 2
+    assert doctor.main([*words, f"output_dir={tmp_path / 'file'}"]) == 2
     said += capsys.readouterr().out
     assert "is a file, not a folder" in said
+    assert doctor.main([*words, f"tags=[{SECRET}]"]) == 2  # refused before anything is looked at
+    said += capsys.readouterr().out
     assert doctor.main(["resolution=33", "seeed=1"]) == 2
     said += capsys.readouterr().out
     assert SECRET not in said
