@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from src.bench.speed import split_words
 from src.config import load
 from src.prepare import VERBS
 from src.results import read_results, read_rows
@@ -222,6 +223,10 @@ def test_every_command_of_the_documents_works(document, words, finished, tmp_pat
             assert all((Path(folder) / "results.json").exists() for folder in folders)
         else:
             assert (run_folder(done) / "results.json").exists()
+    elif entry == "bench.speed":
+        names, rest = split_words(overrides)
+        assert names
+        load("train", rest)
     else:
         load(entry, overrides)
 
