@@ -11,7 +11,6 @@ What differs and is stated: the script encodes picture and condition in every st
 time that it spends there is measured, and ratios are given with and without it.
 """
 
-import datetime
 import hashlib
 import json
 import os
@@ -43,11 +42,11 @@ def main(cfg: DictConfig) -> None:
     script = Path(cfg.script).expanduser()
     if not script.is_file():
         raise UserError(f"script={cfg.script} is not a file; it is examples/controlnet/train_controlnet_sd3.py of diffusers")
+    from src.bench.origin import leave, stamped
     from src.bench.peer_world import model_folder, pictures, smaller_copy
 
     cfg = resolve_hardware(cfg)
-    folder = Path(cfg.output_dir) / cfg.name / datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")
-    folder.mkdir(parents=True)
+    folder = stamped(cfg.output_dir, cfg.name)
     with tempfile.TemporaryDirectory() as kept:
         world = Path(kept)
         transformer = model_folder(cfg.shape, world / "model", cfg.seed)
@@ -58,7 +57,7 @@ def main(cfg: DictConfig) -> None:
         sides |= {adapter: ours(cfg, world, adapter, blocks) for adapter in cfg.adapters}
         runs = run_in_turns(cfg, sides, folder, world)
     result = {"kind": "peer", "settings": settings(cfg, script, transformer, blocks), "runs": runs, **compare(runs, cfg.batch)}
-    (folder / "peer.json").write_text(json.dumps(result, indent=1))
+    leave(result, folder)
     say(result)
     print(f"run: {folder}", flush=True)
 
@@ -204,11 +203,9 @@ def compare(runs: dict[str, list[dict]], batch: int) -> dict[str, Any]:
 def settings(cfg: DictConfig, script: Path, transformer: dict, blocks: int) -> dict[str, Any]:
     """Everything that a reader needs to judge the comparison or to repeat it. Torch's switches stand in each run, as its
     program has left them."""
-    from src.profiling.device import device_name
-    from src.results import command_line, environment, git_state
+    from src.bench.origin import origin
 
     on_gpu = cfg.hardware.accelerator == "gpu"
-    sha, dirty = git_state(ROOT)
     return {
         "configuration": OmegaConf.to_container(cfg, resolve=True),
         "script_sha256": hashlib.sha256(script.read_bytes()).hexdigest(),
@@ -220,12 +217,7 @@ def settings(cfg: DictConfig, script: Path, transformer: dict, blocks: int) -> d
         "optimizer": {"class": "AdamW", "lr": RATE, "betas": BETAS, "weight_decay": DECAY, "clip_norm": 1.0},
         "ema": False,
         "memory": "largest allocation of a run" if on_gpu else "live tensors in the largest moment of a step",
-        "device": device_name(on_gpu),
-        "versions": environment(),
-        "git_sha": sha,
-        "git_dirty": dirty,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": command_line(),
+        **origin(on_gpu),
     }
 
 

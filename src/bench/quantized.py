@@ -8,8 +8,6 @@ alone, anywhere) or fp8 (weights and activations, on a Hopper GPU or newer, refu
 quantized_<adapter>_<backbone>/<stamp>/quantized.json goes. The last line printed is `run: <folder>`.
 """
 
-import datetime
-import json
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -28,7 +26,6 @@ if TYPE_CHECKING:
     from src.backbones.base import Backbone
     from src.types import Batch
 
-ROOT = Path(__file__).resolve().parents[2]
 KINDS = ("int8", "fp8")
 WORDS = {"run": None, "n": None, "kind": "int8", "hardware": "auto", "output_dir": "runs"}  # and their defaults
 
@@ -145,13 +142,10 @@ def main(typed: list[str]) -> None:
     words = asked(typed)
     cfg, checkpoint = configured(words)
     from src import build
-    from src.bench.flags import torch_flags
-    from src.profiling.device import device_name
-    from src.results import command_line, environment, git_state
+    from src.bench.origin import leave, origin_of_times, stamped
 
     build.quiet()
     found = change_of_run(cfg, checkpoint, words["kind"], int(words["n"]))
-    sha, dirty = git_state(ROOT)
     told = {
         "kind": "quantized",
         **found,
@@ -161,18 +155,10 @@ def main(typed: list[str]) -> None:
         "resolution": cfg.resolution,
         "precision": cfg.hardware.precision,
         "run": "/".join(checkpoint.parts[-4:]),  # <name>/<stamp>/checkpoints/<images>
-        "device": device_name(cfg.hardware.accelerator == "gpu"),
-        "flags": torch_flags(),
-        "versions": environment(),
-        "git_sha": sha,
-        "git_dirty": dirty,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": command_line(),
+        **origin_of_times(cfg.hardware.accelerator == "gpu"),
     }
-    folder = Path(words["output_dir"]) / f"quantized_{cfg.adapter.name}_{cfg.backbone.name}"
-    folder /= datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")
-    folder.mkdir(parents=True)
-    (folder / "quantized.json").write_text(json.dumps(told, indent=1))
+    folder = stamped(words["output_dir"], f"quantized_{cfg.adapter.name}_{cfg.backbone.name}")
+    leave(told, folder)
     low, high = found["change"]["ci95"]
     print(f"loss {found['loss']['value']:.5f} on the exact backbone, {found['quantized_loss']['value']:.5f} in {words['kind']}")
     print(f"change {found['change']['value']:+.2e} [{low:+.2e}, {high:+.2e}] of {told['n']} images, {found['relative']:+.2%}")

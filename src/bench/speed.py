@@ -9,10 +9,8 @@ line printed is `run: <folder>`; speed.json is there, and `python -m src.bench.m
 of full-size backbones are random: speed does not depend on them.
 """
 
-import datetime
 import gc
 import importlib.util
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -25,7 +23,6 @@ from src.config import cli, resolve_hardware
 from src.config.messages import nearest
 from src.vocabulary import UserError, refused_in_one_line
 
-ROOT = Path(__file__).resolve().parents[2]
 ROUNDS, WARM_UP = 15, 3  # pairs of steps that are timed, and steps of each before
 
 
@@ -199,28 +196,19 @@ def measured(cfg: DictConfig, facts: Any, names: list[str], rounds: int = ROUNDS
 
 def write(cfg: DictConfig, found: dict[str, Any], chosen: list[str]) -> Path:
     """Leave speed.json below `output_dir`. -> its folder. chosen: names that were typed."""
-    from src.bench.flags import torch_flags
-    from src.profiling.device import device_name
-    from src.results import command_line, environment, git_state
+    from src.bench.origin import leave, origin_of_times, stamped
 
     typed = " ".join(["src.bench.speed", *([",".join(chosen)] if chosen else [])])
-    sha, dirty = git_state(ROOT)
-    folder = Path(cfg.output_dir) / f"speed_{cfg.adapter.name}_{cfg.backbone.name}"
-    folder /= datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")
-    folder.mkdir(parents=True)
+    origin = origin_of_times(cfg.hardware.accelerator == "gpu")
     told = {
         "kind": "speed",
         "switches": found,
         "configuration": OmegaConf.to_container(cfg, resolve=True),
-        "device": device_name(cfg.hardware.accelerator == "gpu"),
-        "flags": torch_flags(),
-        "versions": environment(),
-        "git_sha": sha,
-        "git_dirty": dirty,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": command_line().replace("src.bench.speed", typed, 1),  # the names were taken out of sys.argv
+        **origin,
+        "command": origin["command"].replace("src.bench.speed", typed, 1),  # the names were taken out of sys.argv
     }
-    (folder / "speed.json").write_text(json.dumps(told, indent=1))
+    folder = stamped(cfg.output_dir, f"speed_{cfg.adapter.name}_{cfg.backbone.name}")
+    leave(told, folder)
     print(f"run: {folder}", flush=True)
     return folder
 
