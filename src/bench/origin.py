@@ -1,0 +1,42 @@
+"""Where the numbers of a JSON file beside the rows come from, and the folder that it is left in."""
+
+import datetime
+import json
+from pathlib import Path
+from typing import Any
+
+from src.bench.flags import torch_flags
+from src.profiling.device import device_name
+from src.results import command_line, environment, git_state
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def origin(on_gpu: bool) -> dict[str, Any]:
+    """Device, versions, commit, date and command of this process."""
+    sha, dirty = git_state(ROOT)
+    return {
+        "device": device_name(on_gpu),
+        "versions": environment(),
+        "git_sha": sha,
+        "git_dirty": dirty,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": command_line(),
+    }
+
+
+def origin_of_times(on_gpu: bool) -> dict[str, Any]:
+    """The same with torch's switches, for numbers that were taken in this process."""
+    return {"flags": torch_flags(), **origin(on_gpu)}
+
+
+def stamped(output_dir: str | Path, name: str) -> Path:
+    """Make the folder <output_dir>/<name>/<stamp>."""
+    folder = Path(output_dir) / name / datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")
+    folder.mkdir(parents=True)
+    return folder
+
+
+def leave(told: dict[str, Any], folder: Path) -> None:
+    """Write `told` as <kind>.json."""
+    (folder / f"{told['kind']}.json").write_text(json.dumps(told, indent=1))
