@@ -39,6 +39,12 @@ def check_cell(cfg: DictConfig, backbone: Backbone) -> None:
     if reason is not None:
         near = nearest(adapter, facts)
         raise Unsupported(f"adapter={cfg.adapter.name} backbone={cfg.backbone.name}: {reason} ({near})")
+    compiled = OmegaConf.select(cfg, "hardware.compile")
+    if compiled in ("frozen", "all") and get_class(adapter["_target_"]).reaches_into_blocks:
+        raise Unsupported(
+            f"adapter={cfg.adapter.name} hardware.compile={compiled}: it changes layers inside of the frozen blocks, and "
+            "compiled ones would go on without it; write hardware.compile=none"
+        )
     task = OmegaConf.to_container(cfg.task, resolve=True) if cfg.get("task") else None
     reason = task and refusal(task, facts)
     if reason:

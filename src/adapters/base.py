@@ -61,7 +61,8 @@ class ControlAdapter(pl.LightningModule):
     families: backbone families it knows; grad_through_backbone: whether its backward pass enters the frozen network;
     identity_at_init: whether the untrained adapter gives exactly the backbone's prediction;
     steps_to_all: optimizer steps after which every trainable parameter has had a gradient, with the reason where it is more
-    than two; idea: methods of one idea, each for other backbones, share a word: a refusal names the other.
+    than two; idea: methods of one idea, each for other backbones, share a word: a refusal names the other;
+    reaches_into_blocks: whether it changes what layers inside of the frozen blocks give, which compiled blocks would not see.
     Where a choice of the configuration decides one of the last two, the instance sets it.
     """
 
@@ -70,6 +71,7 @@ class ControlAdapter(pl.LightningModule):
     identity_at_init: ClassVar[bool]
     steps_to_all: ClassVar[int] = 2
     idea: ClassVar[str] = ""
+    reaches_into_blocks: ClassVar[bool] = False
 
     def __init__(
         self,
