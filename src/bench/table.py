@@ -3,8 +3,8 @@
     python -m src.bench.table experiments/cost/estimates
 
 Each cell is left as <folder>/<cell>/results.json with the command that makes it alone. Cells that are there already stay.
-Beside every method stand the floor (the frozen backbone alone, in training and in drawing pictures) and, of a method whose
-gradient crosses the backbone, a training that has forgotten to freeze it (naive).
+Of every method also what drawing one picture takes. Beside them stand the floor (the frozen backbone alone, in training and in
+drawing pictures) and, of a method whose gradient crosses the backbone, a training that has forgotten to freeze it (naive).
 """
 
 import sys
@@ -25,8 +25,8 @@ from src.config import load
 from src.results import write_cost
 
 # copies of half the blocks, then of all of them
-U_NET = (("unicon_half",), ("controlnet",), ("unicon",), ("t2i_adapter",))
-TRANSFORMER = (("unicon_half",), ("dit_controlnet",), ("unicon",), ("t2i_adapter",))
+U_NET = (("unicon_half",), ("controlnet",), ("unicon",), ("t2i_adapter",), ("control_lora",))
+TRANSFORMER = (("unicon_half",), ("dit_controlnet",), ("unicon",), ("t2i_adapter",), ("control_lora",))
 ALL_BLOCKS = {"pixart_alpha": 27, "sd3_medium": 23}  # DiT-ControlNet copies so many at most: the last one has no successor
 PLACES = (("pixart_alpha", 512), ("sd3_medium", 512), ("sd3_medium", 1024), ("sd21", 512), ("sdxl", 1024))
 BATCHES, SCOPES = (1, 4, 8), ("none", "adapter", "both")
@@ -58,7 +58,10 @@ def main(out: Path, places: Iterable[list[str]] = ()) -> None:
             for batch in BATCHES:
                 line = [*words, "hardware=h200", f"batch={batch}", f"hardware.checkpointing={scope}"]
                 built = one(out, line, built)
-        if not floor and get_class(load("bench", words).adapter._target_).grad_through_backbone:
+        if floor:
+            continue
+        built = one(out, [*words, "hardware=h200", "batch=1", "what=inference"], built)
+        if get_class(load("bench", words).adapter._target_).grad_through_backbone:
             built = None  # what was thawed once stays so
             for batch in BATCHES:
                 built = one(out, [*words, "hardware=h200", f"batch={batch}", "naive=true"], built)
