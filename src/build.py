@@ -200,7 +200,7 @@ def run_context(
     """
     batch, loads = cfg.budget.effective_batch, AheadData if cfg.hardware.get("overlap") else ControlData
     train = train_stream(cfg, world, with_condition, features)
-    val = ImageStream(world.val, cfg.seed, 0.0, with_condition, stream="val")
+    val = ImageStream(world.val, cfg.validation.seed, 0.0, with_condition, stream="val")
     total = total_images(cfg)
     data = loads(train, val, total, cfg.hardware.micro_batch, cfg.hardware.workers, cfg.validation.final_images)
     data.rank, data.ranks, data.step = ranks.rank, ranks.count, batch

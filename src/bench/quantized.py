@@ -128,7 +128,7 @@ def change_of_run(cfg: "DictConfig", checkpoint: Path, kind: str, n: int) -> dic
         [made.val_source], made.task, backbone, model.codec, space, Path(cfg.cache_dir), device, cfg.seed, workers, print
     )
     backbone.drop_text()
-    stream = ImageStream(held, cfg.seed, 0.0, stream="val")
+    stream = ImageStream(held, cfg.validation.seed, 0.0, stream="val")
     batches = (stream.__getitems__(rows) for rows in PositionSampler(0, n, cfg.hardware.micro_batch))
     node = changed(cfg, {"backbone.quantize": kind}).backbone
     small = construct(node, resolution=cfg.resolution).load(device, build.backbone_dtype(cfg))
