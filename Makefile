@@ -68,7 +68,7 @@ report: $(STAMP) ## tables, plots and one page of everything below runs/
 	$(BIN)/python -m src.report runs=[runs] out=report
 
 test: $(STAMP) ## the tests, about 15 minutes on 2 cores
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-faults: $(STAMP) ## a dozen faults put into real trainings, some minutes
 	$(BIN)/python -m pytest -m fault tests

@@ -4,14 +4,14 @@ import functools
 import logging
 import operator
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.plugins.environments import LightningEnvironment
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from src.adapters.base import ControlAdapter, OptimizerRecipe, unreached
 from src.adapters.frozen import Reads
@@ -43,6 +43,7 @@ CALLBACK_ORDER = (
     "stopper",
     "progress",
 )  # validate before saving, save before leaving
+_dead: dict[str, list[str]] = {}  # see `_dead_names`
 
 
 @dataclass
@@ -89,15 +90,24 @@ def new_adapter(cfg: DictConfig, backbone: Backbone, training: bool = True) -> C
         torch.manual_seed(cfg.seed)
         return make(on, on.objective.with_time_law(cfg.time_law), recipe, checkpointing=cfg.hardware.checkpointing or "none")
 
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        is_hollow = backbone.net is not None and next(backbone.net.parameters()).is_meta
-        hollow = backbone if is_hollow else backbone.hollow(torch.float32)
-        probe = made(hollow)
-        # not the smallest size: at one pixel every shape fits every other
-        dead = unreached(probe, blank_batch(hollow.facts, probe.condition_space, 1, 2 * hollow.facts.multiple))
+    dead = _dead_names(OmegaConf.to_yaml(OmegaConf.create(node), resolve=True), backbone, made)
     adapter = made(backbone)
     adapter.freeze_unreached(dead)
     return adapter
+
+
+def _dead_names(words: str, backbone: Backbone, made: Callable[[Backbone], ControlAdapter]) -> list[str]:
+    """`unreached` of an adapter on a twin of the backbone without data. words: the adapter's options; found once for each kind
+    of network, since whoever estimates a training builds its adapter twice."""
+    key = words + backbone.shape_key()
+    if key not in _dead:
+        is_hollow = backbone.net is not None and next(backbone.net.parameters()).is_meta
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            probe = made(backbone if is_hollow else backbone.hollow(torch.float32))
+            # not the smallest size: at one pixel every shape fits every other
+            batch = blank_batch(backbone.facts, probe.condition_space, 1, 2 * backbone.facts.multiple)
+            _dead[key] = unreached(probe, batch)
+    return _dead[key]
 
 
 def load_sampler(cfg: DictConfig, checkpoint: Path) -> Sampler:

@@ -8,7 +8,6 @@ suggested. Each single way that would do is named; several at once are tried whe
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
@@ -21,7 +20,7 @@ from src.types import UserError
 
 ADAM8BIT = "bitsandbytes.optim.AdamW8bit"
 Estimate = Callable[[DictConfig], MemoryEstimate]
-_made: WeakKeyDictionary[Backbone, dict[str, MemoryEstimate]] = WeakKeyDictionary()
+_made: dict[str, MemoryEstimate] = {}  # see `training_estimate`
 
 
 @dataclass(frozen=True)
@@ -45,24 +44,22 @@ class WayOut:
 def training_estimate(cfg: DictConfig, backbone: Backbone) -> MemoryEstimate:
     """Peak memory of a training step of a resolved configuration. backbone: only its facts and configuration are read.
 
-    Made once for each: whoever looks for room on the disk asks for the same weights."""
-    made, words = _made.setdefault(backbone, {}), OmegaConf.to_yaml(cfg, resolve=True)
-    if words not in made:
-        made[words] = _training_estimate(cfg, backbone)
-    return made[words]
-
-
-def _training_estimate(cfg: DictConfig, backbone: Backbone) -> MemoryEstimate:
-    return estimate_for(
-        backbone,
-        lambda hollow: build.new_adapter(cfg, hollow, training=False),
-        batch=cfg.hardware.micro_batch,
-        resolution=cfg.resolution,
-        precision=cfg.hardware.precision,
-        ema=cfg.ema_decay > 0,
-        accumulates=accumulation(cfg) > 1,
-        optimizer=model_of(cfg.optimizer.algorithm) or ADAMW,  # of an optimizer unknown here, AdamW's is the safe guess
-    )
+    Made once for each: whoever looks for room on the disk asks for the same weights, and so do runs of one process."""
+    asked = {
+        "batch": cfg.hardware.micro_batch,
+        "resolution": cfg.resolution,
+        "precision": cfg.hardware.precision,
+        "ema": cfg.ema_decay > 0,
+        "accumulates": accumulation(cfg) > 1,
+    }
+    built = {"adapter": cfg.adapter, "checkpointing": cfg.hardware.checkpointing, "optimizer": cfg.optimizer.algorithm}
+    key = f"{asked} {OmegaConf.to_yaml(OmegaConf.create(built), resolve=True)} {backbone.shape_key()}"
+    if key not in _made:
+        optimizer = model_of(cfg.optimizer.algorithm) or ADAMW  # of an optimizer unknown here, AdamW's is the safe guess
+        _made[key] = estimate_for(
+            backbone, lambda hollow: build.new_adapter(cfg, hollow, training=False), optimizer=optimizer, **asked
+        )
+    return _made[key]
 
 
 def fit(cfg: DictConfig, backbone: Backbone, estimate: Estimate) -> DictConfig:

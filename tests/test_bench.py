@@ -312,7 +312,9 @@ def test_the_flops_of_sd3_medium(name, side, wanted):
     assert sum(told["memory_gib"].values()) == pytest.approx(told["peak_mem_gib"])
 
 
-@pytest.mark.parametrize("backbone", EMBEDDED_BACKBONES)
+@pytest.mark.parametrize(
+    "backbone", ["sd3_tiny", *(pytest.param(b, marks=pytest.mark.slow) for b in EMBEDDED_BACKBONES if b != "sd3_tiny")]
+)
 def test_mixed_precision_is_estimated_on_every_backbone(backbone):
     """PixArt's text mask is in the frozen weights' precision, which autocast alone brings together with the copies' queries."""
     made = planned("hardware=h200", f"backbone={backbone}", "batch=2", "hardware.checkpointing=both")

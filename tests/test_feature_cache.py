@@ -176,6 +176,7 @@ def test_batches_know_the_one_that_follows():
     assert list(WithFollowing([])) == []
 
 
+@pytest.mark.slow
 def test_passes_made_ahead_teach_the_same(tmp_path, cache_dir, made, capsys):
     plain = go(tmp_path / "a", cache_dir)
     ahead = go(tmp_path / "b", cache_dir, "hardware.overlap=true")

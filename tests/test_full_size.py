@@ -32,10 +32,11 @@ def hollow(name):
 
 
 def cells():
-    """Supported pairs. Slow ones differ from a quick one in depth alone, or have fewer parts."""
+    """Supported pairs. Slow ones differ from a quick one in depth and width alone, or have fewer parts."""
     for adapter, found in matrix().items():
         for base in (b for b in MILLIONS if found[b] is None):
-            quick = base != "sd3_5_large" and adapter != "template" and (adapter != "unicon_half" or base in ("sd21", "sdxl"))
+            quick = base in ("sd3_medium", "pixart_alpha", "sd21") and adapter not in ("template", "unicon_half")
+            quick |= (adapter, base) in (("unicon_half", "sdxl"), ("unicon", "sd3_5_medium"))
             yield pytest.param(adapter, base, marks=[] if quick else pytest.mark.slow, id=f"{adapter}-{base}")
 
 
@@ -74,13 +75,14 @@ def test_backbone_sizes(name):
         ("controlnet", "sd21", (), 364.23),
         ("controlnet", "sdxl", (), 1251.01),
         ("dit_controlnet", "sd3_medium", (), 1062.86),  # 12 of 24 blocks
-        ("dit_controlnet", "sd3_medium", ("adapter.blocks=6",), 538.81),
+        pytest.param("dit_controlnet", "sd3_medium", ("adapter.blocks=6",), 538.81, marks=pytest.mark.slow),
         ("dit_controlnet", "sd3_medium", ("adapter.blocks=23",), 2023.61),
-        ("dit_controlnet", "sd3_5_medium", (), 1261.17),
+        pytest.param("dit_controlnet", "sd3_5_medium", (), 1261.17, marks=pytest.mark.slow),
         ("dit_controlnet", "pixart_alpha", (), 294.92),  # 13 of 28 blocks
         ("t2i_adapter", "sd21", (), 77.37),
         ("t2i_adapter", "sd21", ("adapter.size=light",), 18.69),
         ("t2i_adapter", "sdxl", (), 79.03),
+        ("control_lora", "sdxl", ("adapter.rank=64", "adapter.targets=attention"), 92.91),  # plain attention, as PEFT counts it
     ],
 )
 def test_published_adapter_sizes(name, base, overrides, total):

@@ -74,7 +74,9 @@ def rows(folder: Path) -> list[tuple]:
     return [tuple(r[k] for k in wanted) for r in read_rows(folder / "metrics.jsonl") if "train/loss" in r]
 
 
-@pytest.mark.parametrize("micro", [8, 2], ids=["whole-batches", "accumulation-4"])
+@pytest.mark.parametrize(
+    "micro", [pytest.param(8, id="whole-batches", marks=pytest.mark.slow), pytest.param(2, id="accumulation-4")]
+)
 def test_twenty_steps_equal_ten_and_ten(tmp_path, cache_dir, seen, micro):
     hardware = f"hardware.micro_batch={micro}"
     straight = go(tmp_path / "a", cache_dir, hardware)
@@ -102,6 +104,7 @@ def test_a_resume_may_change_the_micro_batch(tmp_path, cache_dir, seen):
     assert len(rows(first)) == 20
 
 
+@pytest.mark.slow
 def test_order_is_a_permutation_of_each_epoch(tmp_path, cache_dir, seen):
     go(tmp_path, cache_dir)
     epochs = [[name for _, name in seen[e : e + 40]] for e in range(0, 160, 40)]
@@ -205,7 +208,7 @@ def test_a_signal_in_the_last_validation_loses_nothing(tmp_path, cache_dir, monk
     assert equal(weights(first), weights(straight))
 
 
-@pytest.mark.parametrize("form", ["folder", "shards"])
+@pytest.mark.parametrize("form", [pytest.param("folder", marks=pytest.mark.slow), "shards"])
 def test_real_formats_go_on_at_the_very_next_sample(tmp_path, cache_dir, seen, form):
     """Mirrored pictures, of which one is broken and replaced; stopped in the second of two epochs, and in its middle."""
     images = tmp_path / "images"

@@ -150,6 +150,7 @@ def test_all_go_on_from_the_newest_checkpoint_that_all_have(tmp_path, cache_dir,
     assert same(learned(half), alone[1])
 
 
+@pytest.mark.slow
 def test_a_signal_in_one_validation_stops_all_at_the_same_step(tmp_path, cache_dir, alone, monkeypatch):
     """The first has validated and waits for its turn; the second is interrupted, and neither has begun the next step."""
     calls, original = [], control.sample_arm

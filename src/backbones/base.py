@@ -257,6 +257,10 @@ class Backbone(nn.Module, ABC):
         if largest is not None and side > largest:
             raise UserError(f"{key}={side}: the position embedding of {self.facts.source} ends at {largest} pixels a side")
 
+    def shape_key(self) -> str:
+        """Equal for backbones whose networks differ in nothing but the values of their weights. Needs no weights."""
+        return f"{self.facts} {self.quantize} {self.model.config(self.NET)}"
+
     def weight_hash(self) -> str:
         """16 hex digits over every parameter and buffer of the network, and behind them how it is quantized, if it is: equal
         before and after training."""

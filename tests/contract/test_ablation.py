@@ -37,7 +37,14 @@ def configured(base, copy, flow, connector, *more):
     return load("train", ["adapter=unicon", f"backbone={base}", "hardware=cpu", *chosen, *more])
 
 
-@pytest.mark.parametrize("design", EFFECTIVE, ids="-".join)
+def each(design):
+    """All on one backbone; on the others those of one connector, and the rest when there is time."""
+    for base in TRANSFORMERS:
+        quick = base == TRANSFORMERS[0] or design[2] == "zero_ft"
+        yield pytest.param(base, design, marks=[] if quick else pytest.mark.slow, id="-".join((base, *design)))
+
+
+@pytest.mark.parametrize(("loaded", "design"), [cell for d in EFFECTIVE for cell in each(d)], indirect=["loaded"])
 def test_a_design_starts_as_the_backbone_and_trains_all_of_itself(loaded, design):
     base, backbone, text = loaded
     adapter = build.new_adapter(configured(base, *design), backbone, training=False)
