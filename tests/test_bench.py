@@ -313,7 +313,7 @@ def test_the_flops_of_sd3_medium(name, side, wanted):
 
 
 @pytest.mark.parametrize(
-    "backbone", ["sd3_tiny", *(pytest.param(b, marks=pytest.mark.slow) for b in EMBEDDED_BACKBONES if b != "sd3_tiny")]
+    "backbone", ["pixart_tiny", *(pytest.param(b, marks=pytest.mark.slow) for b in EMBEDDED_BACKBONES if b != "pixart_tiny")]
 )
 def test_mixed_precision_is_estimated_on_every_backbone(backbone):
     """PixArt's text mask is in the frozen weights' precision, which autocast alone brings together with the copies' queries."""
