@@ -612,7 +612,8 @@ def test_nothing_is_said_that_the_rows_do_not_hold(run, tmp_path):
 
 
 def test_the_command_reads_the_committed_experiments(tmp_path):
-    done = run_entry("report", f"runs=[{ROOT / 'experiments'}]", f"out={tmp_path}")
+    folders = [str(ROOT / "experiments" / f"{a}_sd3_canny") for a in ("unicon", "unicon_half", "dit_controlnet")]
+    done = run_entry("report", f"runs=[{','.join(folders)}]", f"out={tmp_path}")
     assert done.returncode == 0, done.stderr
     assert "## embedded:sd3_tiny, canny" in (tmp_path / "table.md").read_text()
     assert (tmp_path / "table.csv").read_text().startswith("experiment,adapter,backbone")

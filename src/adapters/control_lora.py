@@ -118,7 +118,7 @@ def changed(step: nn.Module, places: list[str], loras: nn.ModuleList, scale: flo
         for place, lora in zip(places, loras, strict=True):
 
             def add(_layer: nn.Module, inputs: tuple[Tensor], output: Tensor, lora: nn.Module = lora) -> Tensor:
-                return output + scale * lora(inputs[0])
+                return torch.add(output, lora(inputs[0]), alpha=scale)  # one pass over memory, not two
 
             stack.enter_context(_removed(step.get_submodule(place).register_forward_hook(add)))
         yield
