@@ -91,7 +91,7 @@ def plot_grid(
     height = scale * max((cell.shape[0] for row in rows for cell in row if cell is not None), default=1)
     width = scale * max((cell.shape[1] for row in rows for cell in row if cell is not None), default=1)
     left = MARGIN + (TITLES if row_titles else 0)
-    heads = [_wrapped(title, width, font) for title in column_titles]
+    heads = [_wrapped(title, width - 2 * CELL_GAP, font) for title in column_titles]
     top = MARGIN + LINE * max((len(head) for head in heads), default=0) + CELL_GAP
     size = (left + len(column_titles) * (width + CELL_GAP) + MARGIN, top + len(rows) * (height + CELL_GAP) + MARGIN)
     sheet = Image.new("RGB", size, "white")
@@ -125,7 +125,7 @@ def read_grid(sheet_png: str | Path, column_titles: Sequence[str], scale: int = 
     if size < scale or size % scale or left + columns * (size + CELL_GAP) + MARGIN != sheet.shape[1]:
         return None
     font = ImageFont.load_default(size=12)
-    top = MARGIN + LINE * max(len(_wrapped(title, size, font)) for title in column_titles) + CELL_GAP
+    top = MARGIN + LINE * max(len(_wrapped(title, size - 2 * CELL_GAP, font)) for title in column_titles) + CELL_GAP
     count, rest = divmod(sheet.shape[0] - top - MARGIN, size + CELL_GAP)
     if rest or count < 1:
         return None
