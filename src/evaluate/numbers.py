@@ -112,7 +112,7 @@ def write_numbers(
         config_sha=subject["config_sha"],
         design=subject["design"],
         crosscheck=found.crosscheck,
-        trainable_m=sum(p.numel() for p in model.adapter.parameters()) / 1e6,
+        trainable_m=sum(model.adapter.trainable_parts_m().values()),
         draw_seconds=None if seconds is None else round(seconds, 1),
         img_per_s=None if seconds is None else progress.made / max(1e-9, seconds),
         device=drawing["device"],
