@@ -394,7 +394,7 @@ def test_an_adapter_in_diffusers_form_is_evaluated_like_the_run_it_came_from(tmp
 def test_what_never_trained_is_not_counted_as_trained(tmp_path, places):
     """The text path of the last copied block, as training counts it."""
     run, adapter = make_run(tmp_path / "net" / "stamp", "adapter=dit_controlnet")
-    found = read_evaluation(evaluation(f"run={run}", "n=2", "arms=[]", *places()) / "results.json")
+    found = read_evaluation(evaluation(f"run={run}", "n=3", "arms=[]", *places()) / "results.json")
     assert adapter.frozen_dead_m() > 0.1
     assert found.trainable_m == pytest.approx(sum(p.numel() for p in adapter.parameters()) / 1e6 - adapter.frozen_dead_m())
 

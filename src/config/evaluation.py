@@ -39,7 +39,7 @@ class EvaluateKeys:
     run: Any = MISSING
     checkpoint: str | None = MISSING
     compare: list[str] = MISSING
-    n: int | None = key(least=2)
+    n: int | None = key(least=3)
     arms: list[str] = MISSING
     part: str | None = MISSING
     engine: str = key(choices=("local", "ray"))
