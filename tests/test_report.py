@@ -309,7 +309,20 @@ def test_curves_count_seconds_of_training_alone(run, tmp_path):
     images, seconds = curve_charts(group)
     assert [(p.x, p.y) for p in images.series[0].points] == [(200, 0.2), (350, 0.35)]
     assert [(p.x, p.y) for p in seconds.series[0].points] == [(2.0, 0.2), (3.5, 0.35)]
-    assert "on 32 held-out images, the last point on n = 256" in images.note
+    assert images.note.startswith("Scored on 32 held-out images, the first of the n = 256 of the table.")
+
+
+def test_the_last_point_of_a_curve_is_of_the_same_images_as_the_others(run):
+    scores = np.linspace(0, 1, 256)
+    folder = run("a", scores, config={"validation": {"images": 32}})
+    rows = [{"images_seen": i, "val/canny_f1": i / 64_000} for i in (8_000, 16_000, 32_000)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (group,) = groups(read_rows([folder]))
+    (images,) = curve_charts(group)
+    assert [p.y for p in images.series[0].points] == pytest.approx([0.125, 0.25, scores[:32].mean()])
+    (folder / "outcome.json").unlink()  # what cannot be told is left out
+    (group,) = groups(read_rows([folder]))
+    assert [p.x for p in curve_charts(group)[0].series[0].points] == [8_000, 16_000]
 
 
 def test_a_benchmark_is_joined_to_runs_of_the_same_adapter_alone(run, cell, tmp_path):

@@ -148,7 +148,7 @@ def curve_charts(group: Group[Row], costs: Sequence[CostRow] = ()) -> list[Chart
     for row in group.rows:
         file = row.folder / "metrics.jsonl"
         rows = read_lines(file) if file.is_file() else []
-        scored = [(r["images_seen"], float(r[metric])) for r in rows if metric in r]
+        scored = _like_the_others(row, [(r["images_seen"], float(r[metric])) for r in rows if metric in r])
         if len(scored) < 2:
             continue
         spent = [(r["images_seen"], r["train/seconds"]) for r in rows if "train/seconds" in r]
@@ -163,7 +163,8 @@ def curve_charts(group: Group[Row], costs: Sequence[CostRow] = ()) -> list[Chart
                 points.append(Point(x, y, tip=f"{row.label}: {number(y)} at {images:,} images{when}"))
             if points:
                 curves[name].append(Series(named[row.place], tuple(points), colour, line=True))
-    note = f"Scored while training on {_watched(group.rows)} held-out images, the last point on n = {group.conditions['n']}."
+    watched = " or ".join(map(str, sorted({n for n in map(_watched, group.rows) if n}))) or "fewer"
+    note = f"Scored on {watched} held-out images, the first of the n = {group.conditions['n']} of the table."
     notes = {TRAINING: f"{note} {bench.note}"} if bench else {}
     title, y = f"{first.main_metric} while training, against", _axis(group.rows, first.main_metric)
     return [Chart(f"{title} {x.split(',')[0]}", x, y, tuple(lines), notes.get(x, note)) for x, lines in curves.items() if lines]
@@ -177,11 +178,21 @@ def _seconds(scored: Sequence[tuple[float, float]], spent: Sequence[tuple[float,
     return [float(x) for x in np.interp([i for i, _ in scored], images, seconds)]
 
 
-def _watched(rows: Sequence[Row]) -> str:
-    """On how many images the validations before the last were scored, from the configurations that are there."""
-    files = [row.folder / "config.yaml" for row in rows]
-    counts = {OmegaConf.select(OmegaConf.load(file), "validation.images") for file in files if file.is_file()}
-    return " or ".join(map(str, sorted(c for c in counts if c))) or "fewer"
+def _watched(row: Row) -> int | None:
+    """On how many images the validations before the last were scored; None without the run's configuration."""
+    file = row.folder / "config.yaml"
+    return OmegaConf.select(OmegaConf.load(file), "validation.images") if file.is_file() else None
+
+
+def _like_the_others(row: Row, scored: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """(images, score) of each validation, the last one of the images that the others were scored on: other images, other
+    scores, and a curve would bend where nothing happened. Without the score of every image the last one is left out."""
+    watched, last = _watched(row), (row.scores or {}).get(row.main_metric)
+    if not scored or scored[-1][0] != row.result.images_seen or watched == row.result.metrics[row.main_metric]["n"]:
+        return scored
+    if watched is None or last is None:
+        return scored[:-1]
+    return [*scored[:-1], (scored[-1][0], float(np.mean(last[:watched])))]
 
 
 def stacks(group: Group[CostRow]) -> list[Stack]:
