@@ -1,5 +1,6 @@
 """The study's page: its commands are commands, and its numbers are those of its committed cells."""
 
+import json
 import re
 from statistics import mean
 
@@ -16,7 +17,9 @@ TRAININGS = [words for words in commands_of(PAGE) if words[:3] == ["python", "-m
 
 
 def cells(table):
-    return [read_results(file) for file in sorted((STUDY / table).rglob("results.json")) if file.parent.parent.name != "costs"]
+    """The trainings of a table; beside them are costs and evaluations."""
+    found = [(file, json.loads(file.read_text())) for file in sorted((STUDY / table).rglob("results.json"))]
+    return [read_results(file) for file, raw in found if raw.get("kind", "train") == "train"]
 
 
 def score(table, metric="canny_f1", **design):
@@ -49,8 +52,23 @@ def test_table_1b_states_its_cells(connector):
     assert row_of(connector)[0] == round(score("table_1b", connector=connector), 3)
 
 
+METHODS = [("DiT-ControlNet", "dit_controlnet"), ("T2I-Adapter", "t2i_adapter"), ("Control LoRA", "control_lora")]
+
+
+@pytest.mark.parametrize(("name", "adapter"), METHODS)
+def test_table_2_states_its_cells_and_they_are_of_one_size(name, adapter):
+    size, f1 = row_of(name)[:2]
+    assert f1 == round(score("table_2", adapter=adapter), 3)
+    half = {r.trainable_m for r in cells("table_1a") if (r.design["copy"], r.design["flow"]) == ("decoder", "unidirectional")}
+    (found,) = {r.trainable_m for r in cells("table_2") if r.adapter == adapter}
+    assert size == round(found, 2)
+    assert found == pytest.approx(half.pop(), rel=0.03)
+
+
 def test_every_cell_of_the_study_was_made_from_a_commit_alone():
-    for table in sorted(p.name for p in STUDY.iterdir() if p.is_dir()):
+    tables = sorted(p.name for p in STUDY.iterdir() if p.is_dir())
+    assert {"small", "table_1a", "table_1b", "table_2"} <= set(tables)
+    for table in tables:
         for result in cells(table):
             assert not result.git_dirty, (table, result.command)
             assert result.metrics[next(iter(result.metrics))]["n"] >= 64
