@@ -142,6 +142,7 @@ OWN_RECIPES = {
     ("t2i_adapter", "pixart_tiny"): "t2i_adapter",
     ("unicon", "sd3_tiny"): "fair",
     ("unicon_half", "sd21_tiny"): "fair",
+    ("control_lora", "sd3_tiny"): "fair",
     ("template", "pixart_tiny"): "fair",
 }
 

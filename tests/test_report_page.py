@@ -16,7 +16,7 @@ from tests.conftest import ROOT
 from tests.report_rows import cells, estimate, make_cell, make_run
 
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
-COMMITTED = sorted((ROOT / "experiments").glob("*_canny"))
+COMMITTED = [*sorted((ROOT / "experiments").glob("*_canny")), ROOT / "experiments" / "unicon_sd3_depth"]
 NASTY = '<img src=x onerror="console.error(1)"></script><script>console.error(2)</script> {{ 7 * 7 }} "\''
 
 # of a run folder; a slash makes two names of it, and one tag of the path that is shown

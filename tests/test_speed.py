@@ -112,24 +112,26 @@ def test_a_table_of_estimates_has_floor_and_naive_rows_and_goes_on_where_it_stop
     found = {f.parent.name: read_cost(f) for f in tmp_path.glob("*/results.json")}
     assert sorted(found) == [
         "sd3_tiny_64_floor_training_1_none",
+        "sd3_tiny_dit_controlnet_64_1_inference",
         "sd3_tiny_dit_controlnet_64_1_naive",
         "sd3_tiny_dit_controlnet_64_1_none",
     ]
-    assert len(capsys.readouterr().out.splitlines()) == 3  # each was made once
-    floor, naive, plain = (found[name] for name in sorted(found))
+    assert len(capsys.readouterr().out.splitlines()) == 4  # each was made once
+    floor, drawing, naive, plain = (found[name] for name in sorted(found))
     assert (floor.adapter, floor.trainable_m) == ("none", 0)
     assert naive.flags["naive"]
     assert not plain.flags["naive"]
     assert floor.peak_mem_gib < plain.peak_mem_gib < naive.peak_mem_gib
+    assert (drawing.what, drawing.flops["backward"], drawing.trainable_m) == ("inference", 0, plain.trainable_m)
     words = shlex.split(floor.command)[3:]
     alone = estimate(plan(load("bench", words), lambda line: None))
     assert (floor.flops, floor.memory_gib) == (alone["flops"], alone["memory_gib"])
 
 
 def test_the_full_table_has_every_method_and_the_floor():
-    assert len(list(table.cells())) == 23
+    assert len(list(table.cells())) == 28
     names = [table.folder_name([*words, "batch=1"]) for words in (*table.cells(), *table.floors())]
-    assert len(set(names)) == len(names) == 23 + 2 * len(table.PLACES)
+    assert len(set(names)) == len(names) == 28 + 2 * len(table.PLACES)
 
 
 def test_markdown_of_a_peer_says_the_spread_and_refuses_what_is_not_whole(tmp_path):
