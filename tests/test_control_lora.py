@@ -31,8 +31,8 @@ def written_into(adapter, backbone, scale):
     embed = twin._embed()
     wide = nn.Conv2d(2 * embed.in_channels, embed.out_channels, embed.kernel_size, embed.stride, embed.padding)
     with torch.no_grad():
-        wide.weight.copy_(torch.cat([embed.weight, scale * adapter.stem.weight], dim=1))
-        wide.bias.copy_(embed.bias + scale * adapter.stem.bias)
+        wide.weight.copy_(torch.cat([embed.weight, scale * adapter.stem.embed.weight], dim=1))
+        wide.bias.copy_(embed.bias + scale * adapter.stem.embed.bias)
     if backbone.facts.spatial:
         twin.net.conv_in = wide
     else:

@@ -63,7 +63,7 @@ class ControlAdapter(pl.LightningModule):
     steps_to_all: optimizer steps after which every trainable parameter has had a gradient, with the reason where it is more
     than two; idea: methods of one idea, each for other backbones, share a word: a refusal names the other;
     reaches_into_blocks: whether it changes what layers inside of the frozen blocks give, which compiled blocks would not see.
-    Where a choice of the configuration decides one of the last two, the instance sets it.
+    Where a choice of the configuration decides one of them, the instance sets it.
     """
 
     families: ClassVar[tuple[str, ...]]

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from src.adapters.base import ControlAdapter, OptimizerRecipe
+from src.adapters.parts import ConditionStem
 from src.backbones.base import Backbone
 from src.backbones.quantize import QuantizedLinear
 from src.objectives import Objective
@@ -50,7 +51,7 @@ class ControlLoRA(ControlAdapter):
         checkpointing: Checkpointing = "none",
     ):
         super().__init__(backbone, objective, optimizer, name, condition_space, checkpointing, rank=rank)
-        self.stem = backbone.copy_embed()
+        self.stem = ConditionStem(backbone, condition_space)
         for p in self.stem.parameters():
             nn.init.zeros_(p)
         self.places = [lora_places(backbone, k, targets) for k in range(backbone.facts.depth)]
@@ -78,8 +79,7 @@ class ControlLoRA(ControlAdapter):
 
     def encode_condition(self, condition: Tensor) -> Tensor:
         """Latents -> what they add to the first features: (B, T, D), or (B, D, H, W) on a U-Net."""
-        c = self.stem(condition)
-        return c if self.backbone.facts.spatial else c.flatten(2).transpose(1, 2)
+        return self.stem(condition)
 
     def controlled(
         self, backbone: Backbone, x_BCHW: Tensor, t_B: Tensor, text: TextCond, features: Tensor, scale: float
@@ -120,16 +120,8 @@ def changed(step: nn.Module, places: list[str], loras: nn.ModuleList, scale: flo
             def add(_layer: nn.Module, inputs: tuple[Tensor], output: Tensor, lora: nn.Module = lora) -> Tensor:
                 return torch.add(output, lora(inputs[0]), alpha=scale)  # one pass over memory, not two
 
-            stack.enter_context(_removed(step.get_submodule(place).register_forward_hook(add)))
+            stack.callback(step.get_submodule(place).register_forward_hook(add).remove)
         yield
-
-
-@contextmanager
-def _removed(handle: Any) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def lora_places(backbone: Backbone, step: int, targets: str) -> list[str]:

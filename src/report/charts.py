@@ -145,10 +145,11 @@ def curve_charts(group: Group[Row], costs: Sequence[CostRow] = ()) -> list[Chart
     colours = {name: i for i, name in enumerate(dict.fromkeys(methods))}
     # seeds of a method share their colour, and their line in the legend
     named = {r.place: r.label if methods.count(name) == 1 else name for r, name in zip(group.rows, methods, strict=True)}
-    for row in group.rows:
+    watched = [_watched(row) for row in group.rows]
+    for row, count in zip(group.rows, watched, strict=True):
         file = row.folder / "metrics.jsonl"
         rows = read_lines(file) if file.is_file() else []
-        scored = _like_the_others(row, [(r["images_seen"], float(r[metric])) for r in rows if metric in r])
+        scored = _like_the_others(row, count, [(r["images_seen"], float(r[metric])) for r in rows if metric in r])
         if len(scored) < 2:
             continue
         spent = [(r["images_seen"], r["train/seconds"]) for r in rows if "train/seconds" in r]
@@ -163,8 +164,8 @@ def curve_charts(group: Group[Row], costs: Sequence[CostRow] = ()) -> list[Chart
                 points.append(Point(x, y, tip=f"{row.label}: {number(y)} at {images:,} images{when}"))
             if points:
                 curves[name].append(Series(named[row.place], tuple(points), colour, line=True))
-    watched = " or ".join(map(str, sorted({n for n in map(_watched, group.rows) if n}))) or "fewer"
-    note = f"Scored on {watched} held-out images, the first of the n = {group.conditions['n']} of the table."
+    counts = " or ".join(map(str, sorted({n for n in watched if n}))) or "fewer"
+    note = f"Scored on {counts} held-out images, the first of the n = {group.conditions['n']} of the table."
     notes = {TRAINING: f"{note} {bench.note}"} if bench else {}
     title, y = f"{first.main_metric} while training, against", _axis(group.rows, first.main_metric)
     return [Chart(f"{title} {x.split(',')[0]}", x, y, tuple(lines), notes.get(x, note)) for x, lines in curves.items() if lines]
@@ -184,10 +185,10 @@ def _watched(row: Row) -> int | None:
     return OmegaConf.select(OmegaConf.load(file), "validation.images") if file.is_file() else None
 
 
-def _like_the_others(row: Row, scored: list[tuple[float, float]]) -> list[tuple[float, float]]:
+def _like_the_others(row: Row, watched: int | None, scored: list[tuple[float, float]]) -> list[tuple[float, float]]:
     """(images, score) of each validation, the last one of the images that the others were scored on: other images, other
     scores, and a curve would bend where nothing happened. Without the score of every image the last one is left out."""
-    watched, last = _watched(row), (row.scores or {}).get(row.main_metric)
+    last = (row.scores or {}).get(row.main_metric)
     if not scored or scored[-1][0] != row.result.images_seen or watched == row.result.metrics[row.main_metric]["n"]:
         return scored
     if watched is None or last is None:
