@@ -182,15 +182,14 @@ def speed(cfg: DictConfig) -> None:
 
 def _leave(verb: str, cfg: DictConfig, name: str, content: dict[str, Any], lines: Iterable[str]) -> None:
     """Print what was found, and leave it as JSON in a new run folder, whose name is the last line."""
-    from src.results import command_line, environment, git_state, write_atomic
+    from src.results import origin, write_atomic
     from src.runs import new_run
 
     folder = new_run(cfg).folder
-    sha, dirty = git_state(Path(__file__).parent)
-    machine = {"cores": os.cpu_count(), "processor": processor(), "device": _device()}
-    command = command_line().replace("src.prepare", f"src.prepare {verb}", 1)  # `main` has taken the verb out of sys.argv
-    told = {"command": command, "git_sha": sha, "git_dirty": dirty, "machine": machine, "versions": environment()}
-    write_atomic(folder / name, (json.dumps({**content, **told}, indent=1) + "\n").encode())
+    told = {**content, **origin(Path(__file__).parent)}
+    told["command"] = told["command"].replace("src.prepare", f"src.prepare {verb}", 1)  # `main` has taken it out of sys.argv
+    told["machine"] = {"cores": os.cpu_count(), "processor": processor(), "device": _device()}
+    write_atomic(folder / name, (json.dumps(told, indent=1) + "\n").encode())
     for line in [*lines, f"numbers: {folder}/{name}", f"run: {folder}"]:
         say(line)
 

@@ -4,19 +4,21 @@ import copy
 import json
 import os
 import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.entries import ROOT, run_entry
+
+__all__ = ["CPU", "QUICK", "ROOT", "noisy_inputs", "run_entry", "run_folder"]
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ["HF_HUB_OFFLINE"] = "1"
 torch.set_num_threads(1)
 
-ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
 # a quick try of anything: small data, few images, few solver steps
 QUICK = [
@@ -35,19 +37,18 @@ QUICK = [
 ]
 
 
-def run_entry(entry: str, *overrides: str, timeout: float = 300, **extra_env: str) -> subprocess.CompletedProcess:
-    """`python -m src.<entry> ...` in a process of its own, from the repository root."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", **extra_env}
-    command = [sys.executable, "-m", f"src.{entry}", *overrides]
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout, check=False)
-
-
 def run_folder(done: subprocess.CompletedProcess) -> Path:
     """The folder that the last line of an entry names."""
     assert done.stdout.strip(), done.stderr
     last = done.stdout.strip().splitlines()[-1]
     assert last.startswith("run: "), done.stdout + done.stderr
     return ROOT / last.removeprefix("run: ")
+
+
+@pytest.fixture(autouse=True)
+def _no_curves(monkeypatch):
+    """Trainings inside a test process draw no curves, which take a second each; those through the entry do."""
+    monkeypatch.setattr("src.train.plot_curves", lambda log, picture: None)
 
 
 @pytest.fixture(scope="session")

@@ -1,13 +1,10 @@
 """Hours, bytes and money of a long training: arithmetic on the estimate of one step."""
 
-import subprocess
-import sys
-
 import pytest
 
 from src.bench.budget import Budget, budget
 from src.types import UserError
-from tests.conftest import ROOT
+from tests.conftest import run_entry
 
 WORDS = ["backbone=sd3_tiny", "adapter=unicon", "hardware=h100_2", "hardware.micro_batch=8", "budget.effective_batch=32"]
 
@@ -34,7 +31,6 @@ def test_a_profile_without_rates_is_refused():
 
 
 def test_a_missing_word_is_named():
-    command = [sys.executable, "-m", "src.bench.budget", "images=3"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = run_entry("bench.budget", "images=3")
     assert done.returncode == 2
     assert done.stderr.startswith("error: steps= is missing")

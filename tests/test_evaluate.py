@@ -521,7 +521,7 @@ def test_a_word_that_names_nothing_is_refused_before_anything_heavy_is_imported(
         "metrics.names=[fid]",
         "metrics.inception_weights=nowhere.pt",
     ]
-    done = run_entry("evaluate", *words, PYTHONPATH=str(tmp_path))
+    done = run_entry("evaluate", *words, fresh=True, PYTHONPATH=str(tmp_path))
     assert done.returncode == 2
     assert done.stderr.startswith("error: checkpoint=nowhere is neither a folder")
 

@@ -4,8 +4,6 @@ The script itself is never in the repository: another real training stands in fo
 """
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,7 +12,7 @@ from src.bench.peer import PEER, compare, ours, theirs
 from src.bench.peer_world import CLIP_TOKENS, model_folder, pictures, smaller_copy
 from src.config import load
 from src.types import UserError
-from tests.conftest import CPU, ROOT, run_entry
+from tests.conftest import CPU, run_entry
 
 TRAINING = """
 import sys
@@ -42,8 +40,7 @@ def watched(tmp_path, steps, warm_up=1, memory=False, made=9, width=64):
     script.write_text(TRAINING)
     told = {"device": "cpu", "threads": 1, "script": str(script), "argv": [str(made), str(width)]}
     spec.write_text(json.dumps(told | {"warm_up": warm_up, "steps": steps, "memory": memory, "out": str(out)}))
-    command = [sys.executable, "-m", "src.bench.peer_side", str(spec)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
+    done = run_entry("bench.peer_side", str(spec))
     return json.loads(out.read_text()) if out.exists() else None, done
 
 

@@ -2,8 +2,6 @@
 
 import shutil
 import socket
-import subprocess
-import sys
 import types
 from collections import namedtuple
 from pathlib import Path
@@ -19,7 +17,7 @@ from src.evaluate.measures import WEIGHTS
 from src.room import cache_needs, checkpoint_needs, loader_bytes
 from src.together.members import fitted, members
 from src.types import UserError
-from tests.conftest import ROOT
+from tests.conftest import run_entry
 
 SECRET = "hf_thisMustNeverBeSeen0123456789"
 Usage = namedtuple("Usage", "total used free")
@@ -217,9 +215,7 @@ def test_everything_is_one_list(cfg, tmp_path, monkeypatch, group):
 def test_a_training_ends_with_the_list_before_anything_is_made(tmp_path):
     (tmp_path / "file").touch()
     words = ["hardware=gpu_24g", "logger=local", f"output_dir={tmp_path / 'file'}", f"cache_dir={tmp_path / 'file' / 'cache'}"]
-    line = [sys.executable, "-m", "src.train", *words]
-    env = {**preflight.os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_TOKEN": SECRET}
-    done = subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240, check=False)
+    done = run_entry("train", *words, CUDA_VISIBLE_DEVICES="", HF_TOKEN=SECRET)
     assert done.returncode == 2
     first, *lines = done.stderr.strip().splitlines()
     assert first == "error: 3 problems:"

@@ -5,24 +5,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+from src import results
 from src.bench.flags import torch_flags
 from src.profiling.device import device_name
-from src.results import command_line, environment, git_state
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def origin(on_gpu: bool) -> dict[str, Any]:
-    """Device, versions, commit, date and command of this process."""
-    sha, dirty = git_state(ROOT)
-    return {
-        "device": device_name(on_gpu),
-        "versions": environment(),
-        "git_sha": sha,
-        "git_dirty": dirty,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": command_line(),
-    }
+    """Command, commit, versions, device and date of this process."""
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return {**results.origin(ROOT), "device": device_name(on_gpu), "date": now}
 
 
 def origin_of_times(on_gpu: bool) -> dict[str, Any]:

@@ -44,6 +44,12 @@ def git_state(root: str | Path) -> tuple[str, bool]:
     return outputs[0], bool(outputs[1])
 
 
+def origin(root: str | Path) -> dict[str, Any]:
+    """Command, commit and versions of this process; root: the checkout."""
+    sha, dirty = git_state(root)
+    return {"command": command_line(), "git_sha": sha, "git_dirty": dirty, "versions": environment()}
+
+
 def command_line() -> str:
     """The command of this process as a person would type it: the module for its file, no absolute paths, no secrets."""
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
