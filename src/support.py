@@ -57,14 +57,12 @@ def check_cell(cfg: DictConfig, backbone: Backbone) -> None:
 def nearest(adapter: Mapping[str, Any], facts: BackboneFacts) -> str:
     """What works instead of an adapter that does not: on its backbone the same with its yaml's own options, else one of the
     same idea, else all there are; and the backbone where it does, preferably of the same family and kind of weights."""
-    name, works = adapter["name"], []
-    for other in (o for o in options("adapter") if o != "template"):
-        if refusal(_node("adapter", other), facts) is None:
-            works.append(other)
-    idea = get_class(adapter["_target_"]).idea
-    akin = [o for o in works if idea and get_class(_node("adapter", o)["_target_"]).idea == idea]
-    own = [f"adapter={name} with its yaml's own options"] if name in works else []
-    here = ", ".join(own or akin or works) or "none"
+    name, idea = adapter["name"], get_class(adapter["_target_"]).idea
+    others = [o for o in options("adapter") if o != "template"]
+    akin = [o for o in others if idea and _class("adapter", o).idea == idea]  # to compose all the others takes seconds
+    works = [o for o in akin if _works(o, facts)] or [o for o in others if o not in akin and _works(o, facts)]
+    own = f"adapter={name} with its yaml's own options" if name in others and _works(name, facts) else ""
+    here = own or ", ".join(works) or "none"
     embedded = facts.source.startswith("embedded:")
     bases = sorted(options("backbone"), key=lambda b: (_family(b) != facts.family, b.endswith("_tiny") != embedded))
     there = next((b for b in bases if refusal(adapter, _facts(b)) is None), None)
@@ -117,10 +115,20 @@ def _node(group: str, name: str) -> dict[str, Any]:
     return OmegaConf.to_container(load("train", [f"{group}={name}"])[group], resolve=True)
 
 
+def _works(adapter: str, facts: BackboneFacts) -> bool:
+    return refusal(_node("adapter", adapter), facts) is None
+
+
 @cache
+def _class(group: str, name: str) -> Any:
+    """What a yaml, or the first in its defaults, names as its target: cheaper than to compose it."""
+    node = OmegaConf.load(Path(CONF) / group / f"{name}.yaml")
+    return get_class(node["_target_"]) if "_target_" in node else _class(group, node["defaults"][0])
+
+
 def _family(name: str) -> str:
-    """Of a backbone, by the module that its yaml names: cheaper than its facts."""
-    return OmegaConf.load(Path(CONF) / "backbone" / f"{name}.yaml")["_target_"].split(".")[-2]
+    """Of a backbone, by the module of its class."""
+    return _class("backbone", name).__module__.split(".")[-1]
 
 
 @cache
