@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from src.adapters.controlnet import ControlNet
+from src.adapters.scedit import SCEdit
 from src.adapters.t2i_adapter import T2IAdapter
 from src.backbones.source import EMBEDDED_ROOT
 from src.backbones.unet import UNet
@@ -68,6 +69,22 @@ def test_unrolled_equals_diffusers_exactly(backbone):
     assert theirs.std() > 0.01
     assert torch.equal(ours, theirs)
     assert backbone.step_plans()[backbone.facts.middle].kind in ("mid", "up")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_skips_that_scedit_edits_are_those_that_diffusers_lets_one_add_to(backbone, kernel):
+    x, t, text = noisy_inputs(backbone, 8, 16)
+    adapter = shaken(SCEdit(backbone, backbone.objective, None, "scedit", kernel=kernel))
+    features, state = adapter.encode_condition(pictures()), backbone.begin(x, t, text)
+    for k in range(adapter.before_decoder):
+        state = backbone.run(k, state)
+    edits = [0.5 * tune(s, h) for s, tune, h in zip(state.skips, adapter.tuners, features, strict=True)]
+    middle = torch.zeros_like(state.x)
+    theirs = reference(backbone, x, text, down_block_additional_residuals=tuple(edits), mid_block_additional_residual=middle)
+    ours = adapter.predict(backbone, x, t, text, features, 0.5)
+    assert torch.allclose(ours, theirs, atol=1e-5)
+    assert (ours - backbone.predict(x, t, text)).abs().mean() > 0.01
 
 
 @torch.no_grad()

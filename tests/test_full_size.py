@@ -82,6 +82,9 @@ def test_backbone_sizes(name):
         ("t2i_adapter", "sd21", (), 77.37),
         ("t2i_adapter", "sd21", ("adapter.size=light",), 18.69),
         ("t2i_adapter", "sdxl", (), 79.03),
+        ("scedit", "sd21", (), 28.82),
+        ("scedit", "sd21", ("adapter.kernel=3",), 99.11),
+        ("scedit", "sdxl", (), 14.07),
         ("control_lora", "sdxl", ("adapter.rank=64", "adapter.targets=attention"), 92.91),  # plain attention, as PEFT counts it
     ],
 )

@@ -143,6 +143,7 @@ OWN_RECIPES = {
     ("unicon", "sd3_tiny"): "fair",
     ("unicon_half", "sd21_tiny"): "fair",
     ("control_lora", "sd3_tiny"): "fair",
+    ("scedit", "sd21_tiny"): "scedit",
     ("template", "pixart_tiny"): "fair",
 }
 

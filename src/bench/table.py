@@ -25,7 +25,7 @@ from src.config import load
 from src.results import write_cost
 
 # copies of half the blocks, then of all of them
-U_NET = (("unicon_half",), ("controlnet",), ("unicon",), ("t2i_adapter",), ("control_lora",))
+U_NET = (("unicon_half",), ("controlnet",), ("unicon",), ("t2i_adapter",), ("control_lora",), ("scedit",))
 TRANSFORMER = (("unicon_half",), ("dit_controlnet",), ("unicon",), ("t2i_adapter",), ("control_lora",))
 ALL_BLOCKS = {"pixart_alpha": 27, "sd3_medium": 23}  # DiT-ControlNet copies so many at most: the last one has no successor
 PLACES = (("pixart_alpha", 512), ("sd3_medium", 512), ("sd3_medium", 1024), ("sd21", 512), ("sdxl", 1024))

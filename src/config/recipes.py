@@ -16,6 +16,7 @@ OWN, FAIR, CHOSEN = "own", "fair", "recipe@_global_"  # the last: where Hydra ke
 PUBLISHED: dict[str, dict[str, str]] = {
     "controlnet": {"unet": "controlnet"},
     "dit_controlnet": {"mmdit": "controlnet_sd3", "dit": "pixart_delta"},
+    "scedit": {"unet": "scedit"},
     "t2i_adapter": {"unet": "t2i_adapter", "mmdit": "t2i_adapter", "dit": "t2i_adapter"},
 }
 

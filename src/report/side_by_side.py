@@ -19,7 +19,7 @@ from src.vocabulary import UserError, refused_in_one_line
 HOME = Path(__file__).resolve().parents[2] / "experiments"
 SHARED = ("source", "condition")  # of a scene, whatever the backbone
 ALONE, OWN = GRID_COLUMNS.index("no control"), GRID_COLUMNS.index("controlled")
-ORDER = ("unicon", "unicon_half", "controlnet", "dit_controlnet", "t2i_adapter", "control_lora")
+ORDER = ("unicon", "unicon_half", "controlnet", "dit_controlnet", "t2i_adapter", "control_lora", "scedit")
 
 
 @dataclass

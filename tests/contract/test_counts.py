@@ -14,7 +14,7 @@ from src.construct import construct
 from tests.conftest import ROOT
 
 NAMES = {"UniCon": "unicon", "UniCon-Half": "unicon_half", "ControlNet": "controlnet", "DiT-ControlNet": "dit_controlnet"}
-NAMES |= {"T2I-Adapter": "t2i_adapter", "Control LoRA": "control_lora"}
+NAMES |= {"T2I-Adapter": "t2i_adapter", "Control LoRA": "control_lora", "SCEdit": "scedit"}
 RESULTS = {f.parent.name: json.loads(f.read_text()) for f in sorted((ROOT / "experiments").glob("*/results.json"))}
 TRAINED = {name: row for name, row in RESULTS.items() if row.get("kind", "train") == "train"}
 
