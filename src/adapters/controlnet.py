@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from src.adapters.base import ControlAdapter, OptimizerRecipe
-from src.adapters.parts import zero_layer
+from src.adapters.parts import HINT_CHANNELS, hint_refusal, zero_layer
 from src.backbones.base import Backbone
 from src.objectives import Objective
 from src.types import BackboneFacts, Checkpointing, ConditionSpace, TextCond
@@ -40,7 +40,7 @@ class ControlNet(ControlAdapter):
         objective: Objective,
         optimizer: OptimizerRecipe | None,
         name: str,
-        hint_channels: tuple[int, ...] = (16, 32, 96, 256),
+        hint_channels: tuple[int, ...] = HINT_CHANNELS,
         encoder_steps: int | None = None,
         connector_width: int | None = None,
         condition_space: ConditionSpace = "pixel",
@@ -67,11 +67,8 @@ class ControlNet(ControlAdapter):
     def refusal(cls, facts: BackboneFacts, **options: Any) -> str | None:
         if facts.family != "unet":
             return f"{super().refusal(facts)}; use adapter=dit_controlnet"
-        if options.get("condition_space", "pixel") != "pixel":
-            return "its hint encoder reads pictures: adapter.condition_space=pixel"
-        hint = options.get("hint_channels", (16, 32, 96, 256))
-        if 2 ** (len(hint) - 1) != facts.factor:
-            return f"adapter.hint_channels={list(hint)} halves {len(hint) - 1} times, latents are {facts.factor} times smaller"
+        if reason := hint_refusal(facts, **options):
+            return reason
         steps = options.get("encoder_steps")
         if steps is not None and not 1 <= steps <= facts.middle:
             return (

@@ -4,7 +4,7 @@ Legend in `src.types`. A connector joins features of a source to a stream that g
 untrained it is the identity on the stream.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from src.backbones.base import Backbone
 from src.types import BackboneFacts, ConditionSpace
 
 Copy = Literal["encoder", "decoder", "skip_layer", "full"]
+HINT_CHANNELS = (16, 32, 96, 256)  # of the hint encoder, which halves the picture between them: ControlNet's, and SCEdit's
 
 
 class ZeroMLP(nn.Module):
@@ -45,6 +46,16 @@ class ZeroFT(nn.Module):
 
 # share_attn differs in what it is given as the source: what the stream's own queries find in the other side's keys and values
 CONNECTORS: dict[str, type[nn.Module]] = {"zero_mlp": ZeroMLP, "zero_ft": ZeroFT, "share_attn": ZeroMLP}
+
+
+def hint_refusal(facts: BackboneFacts, **options: Any) -> str | None:
+    """Why ControlNet's hint encoder cannot bring a picture to the latent grid with these options; None if it can."""
+    if options.get("condition_space", "pixel") != "pixel":
+        return "its hint encoder reads pictures: adapter.condition_space=pixel"
+    widths = options.get("hint_channels", HINT_CHANNELS)
+    if 2 ** (len(widths) - 1) != facts.factor:
+        return f"adapter.hint_channels={list(widths)} halves {len(widths) - 1} times, latents are {facts.factor} times smaller"
+    return None
 
 
 def zero_layer(width: int, spatial: bool = False, hidden: int | None = None) -> nn.Module:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from src.adapters.base import ControlAdapter, OptimizerRecipe
+from src.adapters.parts import HINT_CHANNELS, hint_refusal
 from src.backbones.base import Backbone
 from src.objectives import Objective
 from src.types import BackboneFacts, Checkpointing, ConditionSpace, TextCond
@@ -39,7 +40,7 @@ class SCEdit(ControlAdapter):
         name: str,
         kernel: int = 1,
         tuner_width: int | None = None,
-        hint_channels: tuple[int, ...] = (16, 32, 96, 256),
+        hint_channels: tuple[int, ...] = HINT_CHANNELS,
         condition_space: ConditionSpace = "pixel",
         checkpointing: Checkpointing = "none",
     ):
@@ -61,11 +62,8 @@ class SCEdit(ControlAdapter):
     def refusal(cls, facts: BackboneFacts, **options: Any) -> str | None:
         if facts.family != "unet":
             return f"{super().refusal(facts)}: what it edits is the long skips"
-        if options.get("condition_space", "pixel") != "pixel":
-            return "its hint encoder reads pictures: adapter.condition_space=pixel"
-        hint = options.get("hint_channels", (16, 32, 96, 256))
-        if 2 ** (len(hint) - 1) != facts.factor:
-            return f"adapter.hint_channels={list(hint)} halves {len(hint) - 1} times, latents are {facts.factor} times smaller"
+        if reason := hint_refusal(facts, **options):
+            return reason
         if options.get("kernel", 1) not in (1, 3):
             return f"adapter.kernel={options['kernel']}: the chain has kernels of 1 (the paper) or 3 (the released ones)"
         width = options.get("tuner_width")
