@@ -9,7 +9,7 @@ from src.support import check_cell, matrix, options, reasons, table, tasks_line
 from src.tasks.pose import Pose
 from tests.conftest import QUICK, ROOT, run_entry
 
-NAMED = {"controlnet": {"sd21", "sd21_tiny", "sdxl"}}
+NAMED = {"controlnet": {"sd21", "sd21_tiny", "sdxl"}, "scedit": {"sd21", "sd21_tiny", "sdxl"}}
 NAMED["dit_controlnet"] = {"sd3_tiny", "sd3_medium", "sd3_5_medium", "sd3_5_large", "pixart_tiny", "pixart_alpha"}
 
 

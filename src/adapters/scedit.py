@@ -61,7 +61,7 @@ class SCEdit(ControlAdapter):
     @classmethod
     def refusal(cls, facts: BackboneFacts, **options: Any) -> str | None:
         if facts.family != "unet":
-            return f"{super().refusal(facts)}: what it edits is the long skips"
+            return f"{super().refusal(facts)}, which has no long skips to edit; use adapter=t2i_adapter"
         if reason := hint_refusal(facts, **options):
             return reason
         if options.get("kernel", 1) not in (1, 3):
