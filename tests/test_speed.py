@@ -129,9 +129,9 @@ def test_a_table_of_estimates_has_floor_and_naive_rows_and_goes_on_where_it_stop
 
 
 def test_the_full_table_has_every_method_and_the_floor():
-    assert len(list(table.cells())) == 28
+    assert len(list(table.cells())) == 30
     names = [table.folder_name([*words, "batch=1"]) for words in (*table.cells(), *table.floors())]
-    assert len(set(names)) == len(names) == 28 + 2 * len(table.PLACES)
+    assert len(set(names)) == len(names) == 30 + 2 * len(table.PLACES)
 
 
 def test_markdown_of_a_peer_says_the_spread_and_refuses_what_is_not_whole(tmp_path):
