@@ -7,11 +7,11 @@ from src.report.side_by_side import SHARED, Shown, check_same, committed
 from src.types import UserError
 
 
-def test_the_twelve_committed_cells_show_the_same_scenes():
+def test_the_thirteen_committed_cells_show_the_same_scenes():
     shown = committed("canny")
     check_same(shown, SHARED)
     cells = [(one.backbone, one.adapter) for one in shown]
-    assert len(set(cells)) == len(cells) == 12
+    assert len(set(cells)) == len(cells) == 13
     assert cells[:4] == [("pixart_tiny", a) for a in ("unicon", "unicon_half", "dit_controlnet", "t2i_adapter")]
 
 
