@@ -1,6 +1,5 @@
 """What a finished training leaves behind, and how outcomes become `results.json`."""
 
-import datetime
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from src.callbacks.meter import ThroughputMeter, peak_mem_gib
 from src.config import config_sha
 from src.control_score import ARMS, RIGHT, ZERO, ceiling, control_entries, named
 from src.metrics.intervals import metric
-from src.results import Result, command_line, environment, git_state
+from src.results import Result, dated_origin
 from src.results.design import data_of, design_of, noise_seed_of
 from src.world import World
 
@@ -67,7 +66,6 @@ def collect(
             metrics[name] = {"value": value, "n": 1, "unit": name.split("_")[0], "better": "lower", "ci95": None}
     steps = [o["step_time_ms"] for o in together]
     step_ms, hardware = None if None in steps else sum(steps), cfg.hardware
-    sha, dirty = git_state(ROOT)
     return Result(
         experiment=experiment or cfg.name,
         adapter=cfg.adapter.name,
@@ -99,11 +97,7 @@ def collect(
         data=data_of(cfg),
         noise_seed=noise_seed_of(cfg),
         config_sha=config_sha(cfg),
-        git_sha=sha,
-        git_dirty=dirty,
-        versions=environment(),
-        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        command=command_line(),
+        **dated_origin(ROOT),
     )
 
 

@@ -32,25 +32,24 @@ def run_entry(
     (HF_HUB_OFFLINE) must stand there before the first call of the session.
     """
     env = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", **extra_env}
+    words = [sys.executable, "-m", f"src.{entry}", *overrides]
     if fresh:
-        words = [sys.executable, "-m", f"src.{entry}", *overrides]
         return subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout, check=False)
     with tempfile.TemporaryDirectory() as folder:
         out, err = (Path(folder) / name for name in ("out", "err"))
-        child = _server.Process(target=_entry, args=(entry, overrides, env, str(out), str(err)))
+        child = _server.Process(target=_entry, args=(words, env, str(out), str(err)))
         child.start()
         child.join(timeout)
         if late := child.is_alive():
             child.kill()
             child.join()
         said = [file.read_text() if file.exists() else "" for file in (out, err)]
-    words = ["python", "-m", f"src.{entry}", *overrides]
     if late:
         raise subprocess.TimeoutExpired(words, timeout, *said)
     return subprocess.CompletedProcess(words, child.exitcode, *said)
 
 
-def _entry(entry: str, overrides: tuple[str, ...], env: dict[str, str], out: str, err: str) -> None:
+def _entry(words: list[str], env: dict[str, str], out: str, err: str) -> None:
     os.chdir(ROOT)
     os.environ.clear()
     os.environ.update(env)
@@ -60,16 +59,15 @@ def _entry(entry: str, overrides: tuple[str, ...], env: dict[str, str], out: str
         os.dup2(opened, number)
         os.close(opened)
     sys.stdin, sys.stdout, sys.stderr = (open(n, "w" if n else "r", closefd=False) for n in (0, 1, 2))  # noqa: SIM115
-    multiprocessing.current_process().name = "MainProcess"
-    sys.argv, sys.orig_argv = [entry, *overrides], [sys.executable, "-m", f"src.{entry}", *overrides]
+    sys.argv, sys.orig_argv = words[2:], words
     code = 0
     try:
-        runpy.run_module(f"src.{entry}", run_name="__main__", alter_sys=True)
+        runpy.run_module(words[2], run_name="__main__", alter_sys=True)
     except SystemExit as left:
-        code = left.code
-        if isinstance(code, str):
+        code = left.code or 0
+        if not isinstance(code, int):
             print(code, file=sys.stderr)
-        code = {None: 0}.get(code, code if isinstance(code, int) else 1)
+            code = 1
     except BaseException:
         sys.excepthook(*sys.exc_info())
         code = 1

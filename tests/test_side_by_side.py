@@ -22,5 +22,8 @@ def test_other_scenes_in_a_row_are_refused_by_name():
     check_same([run("one", 5), run("two", 5)], SHARED)
     with pytest.raises(UserError, match="two: row 2 has another source than in one"):
         check_same([run("one", 5), run("two", 6)], SHARED)
+    larger = Shown("two", "two", "sd3_tiny", [[np.zeros((4, 4, 3), np.uint8)] * 6] * 2)
+    with pytest.raises(UserError, match="two: row 1 has another source than in one"):
+        check_same([run("one", 5), larger], SHARED)
     with pytest.raises(UserError, match="no experiment of task=nothing"):
         committed("nothing")

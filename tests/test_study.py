@@ -29,7 +29,7 @@ def score(table, metric="canny_f1", **design):
     return mean(r.metrics[metric]["value"] for r in found)
 
 
-def row_of(start, heading="The study"):
+def row_of(start, heading):
     """The numbers of the row that begins so, below a heading of the page."""
     section = next(x for x in re.split(r"^#+ ", (ROOT / PAGE).read_text(), flags=re.MULTILINE) if x.startswith(heading))
     (line,) = (x for x in section.splitlines() if re.match(rf"\| {start}\b(?!-)", x))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from src.adapters.base import ControlAdapter, OptimizerRecipe
-from src.adapters.parts import ConditionStem
+from src.adapters.parts import ConditionStem, zeroed
 from src.backbones.base import Backbone
 from src.backbones.quantize import QuantizedLinear
 from src.objectives import Objective
@@ -51,9 +51,7 @@ class ControlLoRA(ControlAdapter):
         checkpointing: Checkpointing = "none",
     ):
         super().__init__(backbone, objective, optimizer, name, condition_space, checkpointing, rank=rank)
-        self.stem = ConditionStem(backbone, condition_space)
-        for p in self.stem.parameters():
-            nn.init.zeros_(p)
+        self.stem = zeroed(ConditionStem(backbone, condition_space))
         self.places = [lora_places(backbone, k, targets) for k in range(backbone.facts.depth)]
         self.lora = nn.ModuleList(self._loras(backbone, k, rank) for k in range(backbone.facts.depth))
 
@@ -104,8 +102,7 @@ class LoRA(nn.Module):
     def __init__(self, in_features: int, out_features: int, rank: int):
         super().__init__()
         self.down = nn.Linear(in_features, rank, bias=False)
-        self.up = nn.Linear(rank, out_features, bias=False)
-        nn.init.zeros_(self.up.weight)
+        self.up = zeroed(nn.Linear(rank, out_features, bias=False))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.up(self.down(x))

@@ -7,11 +7,11 @@ The frozen encoder is not touched, so it runs forward only; the gradient crosses
 
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from src.adapters.base import ControlAdapter, OptimizerRecipe
-from src.adapters.parts import HINT_CHANNELS, hint_refusal, zero_layer
+from src.adapters.frozen import Walk
+from src.adapters.parts import HINT_CHANNELS, decoder_begins, hint_refusal, zero_layer
 from src.backbones.base import Backbone
 from src.objectives import Objective
 from src.types import BackboneFacts, Checkpointing, ConditionSpace, TextCond
@@ -51,10 +51,9 @@ class ControlNet(ControlAdapter):
         chosen = {"hint_channels": hint_channels, "encoder_steps": encoder_steps}
         super().__init__(backbone, objective, optimizer, name, condition_space, checkpointing, **chosen)
         facts = backbone.facts
-        plans = backbone.step_plans()
         self.whole = encoder_steps is None
-        self.has_middle = plans[facts.middle].kind == "mid"
-        self.before_decoder = facts.middle + self.has_middle
+        self.before_decoder = decoder_begins(backbone)
+        self.has_middle = self.before_decoder > facts.middle
         self.entry = backbone.copy_entry()
         self.copies = backbone.copy_steps(list(range(self.before_decoder if self.whole else encoder_steps)))
         self.hint = ControlNetConditioningEmbedding(facts.width, 3, tuple(hint_channels))
@@ -104,10 +103,7 @@ class ControlNet(ControlAdapter):
     def controlled(
         self, backbone: Backbone, x_BCHW: Tensor, t_B: Tensor, text: TextCond, features: Tensor, scale: float
     ) -> Tensor:
-        with torch.no_grad():
-            state = backbone.begin(x_BCHW, t_B, text)
-            for k in range(self.before_decoder):
-                state = backbone.run(k, state)
+        state = Walk(backbone, x_BCHW, t_B, text).at(self.before_decoder)
         residuals = self.residuals(backbone, x_BCHW, t_B, text, features)
         if self.whole:
             state = state.with_(x=state.x + scale * residuals.pop())

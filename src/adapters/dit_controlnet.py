@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from src.adapters.base import ControlAdapter, OptimizerRecipe
-from src.adapters.parts import zero_layer
+from src.adapters.parts import zero_layer, zeroed
 from src.backbones.base import Backbone
 from src.objectives import Objective
 from src.types import BackboneFacts, Checkpointing, ConditionSpace, StreamState, TextCond
@@ -69,9 +69,7 @@ class DiTControlNet(ControlAdapter):
         self.connectors = nn.ModuleList(zero_layer(facts.width, False, connector_width) for _ in range(self.count))
         if self.sd3:
             self.entry = backbone.copy_entry()
-            self.stem = nn.Conv2d(facts.latent_channels, facts.width, facts.patch, stride=facts.patch)
-            nn.init.zeros_(self.stem.weight)
-            nn.init.zeros_(self.stem.bias)
+            self.stem = zeroed(nn.Conv2d(facts.latent_channels, facts.width, facts.patch, stride=facts.patch))
         else:
             self.stem = zero_layer(facts.width)
 

@@ -64,10 +64,15 @@ def zero_layer(width: int, spatial: bool = False, hidden: int | None = None) -> 
     def layer(a: int, b: int) -> nn.Module:
         return nn.Conv2d(a, b, 1) if spatial else nn.Linear(a, b)
 
-    last = layer(hidden or width, width)
-    nn.init.zeros_(last.weight)
-    nn.init.zeros_(last.bias)
+    last = zeroed(layer(hidden or width, width))
     return nn.Sequential(layer(width, hidden), nn.SiLU(), last) if hidden else last
+
+
+def zeroed(module: nn.Module) -> nn.Module:
+    """The module with every parameter at zero."""
+    for p in module.parameters():
+        nn.init.zeros_(p)
+    return module
 
 
 def attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -123,6 +128,12 @@ class Pyramid(nn.Module):
         for conv in self.convs:
             found.append(found[-1] if isinstance(conv, nn.Identity) else conv(F.silu(found[-1])))
         return tuple(found)
+
+
+def decoder_begins(backbone: Backbone) -> int:
+    """The first step of a U-Net behind its encoder, and its middle where it has one."""
+    middle = backbone.facts.middle
+    return middle + (backbone.step_plans()[middle].kind == "mid")
 
 
 def copied_steps(facts: BackboneFacts, copy: Copy, blocks: int | None = None) -> list[int]:

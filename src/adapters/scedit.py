@@ -9,11 +9,11 @@ forward only; the gradient crosses the frozen decoder.
 
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from src.adapters.base import ControlAdapter, OptimizerRecipe
-from src.adapters.parts import HINT_CHANNELS, hint_refusal
+from src.adapters.frozen import Walk
+from src.adapters.parts import HINT_CHANNELS, decoder_begins, hint_refusal, zeroed
 from src.backbones.base import Backbone
 from src.objectives import Objective
 from src.types import BackboneFacts, Checkpointing, ConditionSpace, TextCond
@@ -48,12 +48,12 @@ class SCEdit(ControlAdapter):
 
         chosen = {"kernel": kernel, "tuner_width": tuner_width, "hint_channels": hint_channels}
         super().__init__(backbone, objective, optimizer, name, condition_space, checkpointing, **chosen)
-        facts, plans = backbone.facts, backbone.step_plans()
-        self.before_decoder = facts.middle + (plans[facts.middle].kind == "mid")
+        facts = backbone.facts
+        self.before_decoder = decoder_begins(backbone)
         widths = facts.widths[: facts.middle + 1]  # of the skips, the shallowest first
         self.hint = ControlNetConditioningEmbedding(widths[0], 3, tuple(hint_channels))
         self.hint.conv_out = zero_conv(hint_channels[-1], widths[0], kernel)  # the first of the chain
-        strides = [2 if plan.kind == "downsample" else 1 for plan in plans[: facts.middle]]
+        strides = [2 if plan.kind == "downsample" else 1 for plan in backbone.step_plans()[: facts.middle]]
         chain = zip(widths[:-1], widths[1:], strides, strict=True)
         self.chain = nn.ModuleList(nn.Sequential(nn.SiLU(), zero_conv(a, b, kernel, stride)) for a, b, stride in chain)
         self.tuners = nn.ModuleList(Tuner(w, hidden_width(w, widths[0], tuner_width)) for w in widths)
@@ -86,10 +86,7 @@ class SCEdit(ControlAdapter):
     def controlled(
         self, backbone: Backbone, x_BCHW: Tensor, t_B: Tensor, text: TextCond, features: tuple[Tensor, ...], scale: float
     ) -> Tensor:
-        with torch.no_grad():
-            state = backbone.begin(x_BCHW, t_B, text)
-            for k in range(self.before_decoder):
-                state = backbone.run(k, state)
+        state = Walk(backbone, x_BCHW, t_B, text).at(self.before_decoder)
         edited = zip(state.skips, self.tuners, features, strict=True)
         state = state.with_(skips=tuple(s + scale * self.recompute(tune, s, h) for s, tune, h in edited))
         for k in range(self.before_decoder, backbone.facts.depth):
@@ -102,20 +99,15 @@ class Tuner(nn.Module):
 
     def __init__(self, width: int, hidden: int):
         super().__init__()
-        self.into, self.out = nn.Conv2d(width, hidden, 1), nn.Conv2d(hidden, width, 1)
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
+        self.into, self.out = nn.Conv2d(width, hidden, 1), zero_conv(hidden, width, 1)
 
     def forward(self, skip: Tensor, feature: Tensor) -> Tensor:
         return feature + self.out(nn.functional.gelu(self.into(skip + feature)))
 
 
-def zero_conv(width: int, out: int, kernel: int, stride: int = 1) -> nn.Conv2d:
+def zero_conv(width: int, out: int, kernel: int, stride: int = 1) -> nn.Module:
     """A convolution that starts at zero and keeps the size, or halves it."""
-    conv = nn.Conv2d(width, out, kernel, stride, padding=kernel // 2)
-    nn.init.zeros_(conv.weight)
-    nn.init.zeros_(conv.bias)
-    return conv
+    return zeroed(nn.Conv2d(width, out, kernel, stride, padding=kernel // 2))
 
 
 def hidden_width(width: int, first: int, chosen: int | None) -> int:

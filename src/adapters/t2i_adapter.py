@@ -9,10 +9,10 @@ Its layers start at random values, so the untrained adapter changes the predicti
 
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor, nn
 
 from src.adapters.base import ControlAdapter, OptimizerRecipe
+from src.adapters.frozen import Walk
 from src.backbones.base import Backbone
 from src.objectives import Objective
 from src.types import BackboneFacts, Checkpointing, ConditionSpace, StreamState, TextCond
@@ -92,11 +92,7 @@ class T2IAdapter(ControlAdapter):
         self, backbone: Backbone, x_BCHW: Tensor, t_B: Tensor, text: TextCond, features: tuple[Tensor, ...], scale: float
     ) -> Tensor:
         first = min(self.places)
-        with torch.no_grad():
-            state = backbone.begin(x_BCHW, t_B, text)
-            for k in range(first + 1):
-                state = backbone.run(k, state)
-        state = self._add(state, first, features, scale)
+        state = self._add(Walk(backbone, x_BCHW, t_B, text).at(first + 1), first, features, scale)
         for k in range(first + 1, backbone.facts.depth):
             state = self._add(self.recompute(backbone.run, k, state, frozen=True), k, features, scale)
         return backbone.end(state)

@@ -1,6 +1,5 @@
 """One cell from its configuration to its row: plan, estimate, measure if asked, write, say."""
 
-import datetime
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from src.bench.measure import kernel_of, measure
 from src.bench.plan import Cell, low_dtype, plan
 from src.bench.words import lines
 from src.profiling.device import device_name as name_of_device
-from src.results import CostResult, command_line, environment, git_state, write_cost
+from src.results import CostResult, dated_origin, write_cost
 from src.runs import new_run
 from src.support import NOT_OPTIONS
 
@@ -82,7 +81,6 @@ def row(
     """The row of a cell. found: its numbers; size: of networks that did not come to be."""
     cfg, facts = cell.cfg, cell.backbone.facts
     frozen, parts = size or sizes(adapter)
-    sha, dirty = git_state(ROOT)
     measured, inference = cfg.mode == "measure", cfg.what == "inference"
     guided = cfg.batch * (1 if cfg.guidance == 1 else 2)
     found = dict(found)
@@ -108,11 +106,7 @@ def row(
         predicted=predicted,
         flags=flags(cfg, kernel_of(cell), attention),
         seed=cfg.seed,
-        git_sha=sha,
-        git_dirty=dirty,
-        versions=environment(),
-        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        command=command_line(),
+        **dated_origin(ROOT),
     )
 
 

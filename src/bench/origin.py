@@ -5,17 +5,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-from src import results
 from src.bench.flags import torch_flags
 from src.profiling.device import device_name
+from src.results import dated_origin
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def origin(on_gpu: bool) -> dict[str, Any]:
-    """Command, commit, versions, device and date of this process."""
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    return {**results.origin(ROOT), "device": device_name(on_gpu), "date": now}
+    """Command, commit, versions, date and device of this process."""
+    return {**dated_origin(ROOT), "device": device_name(on_gpu)}
 
 
 def origin_of_times(on_gpu: bool) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Pictures to numbers: one entry per metric with n and interval, one value per image beside them, and results.json."""
 
-import datetime
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from src.metrics.crosscheck import cross_checked
 from src.metrics.distances import set_distances
 from src.metrics.extractors import Inception
 from src.metrics.quality import entries, picture_scores
-from src.results import command_line, environment, git_state, write_atomic
+from src.results import dated_origin, write_atomic
 from src.results.evaluation import EvaluationResult, write_evaluation
 
 if TYPE_CHECKING:
@@ -95,7 +94,6 @@ def write_numbers(
         "features": relative,
     }
     write_atomic(folder / "outcome.json", (json.dumps(kept) + "\n").encode())
-    sha, dirty = git_state(ROOT)
     seconds = progress.seconds if progress.made else None
     result = EvaluationResult(
         adapter=subject["adapter"],
@@ -126,11 +124,7 @@ def write_numbers(
             "threads": drawing["threads"],
             "tf32": torch.backends.cuda.matmul.allow_tf32,
         },
-        git_sha=sha,
-        git_dirty=dirty,
-        versions=environment(),
-        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        command=command_line(),
+        **dated_origin(ROOT),
     )
     write_evaluation(folder / "results.json", result)
     return result

@@ -10,7 +10,7 @@ from typing import Any
 from src.loggers.base import RunLogger
 from src.loggers.local import LocalLogger
 from src.loggers.wandb_run import WandbRun
-from src.results import command_line, environment, git_state
+from src.results import origin
 from src.types import UserError
 
 __all__ = ["LocalLogger", "RunLogger", "WandbRun", "build_loggers"]
@@ -29,7 +29,6 @@ def build_loggers(
         raise UserError(f"logger.name is {cfg_logger.name!r}; use local or wandb")
     loggers: list[RunLogger] = [LocalLogger(run_dir, run_name)]
     if cfg_logger.name == "wandb":
-        sha, dirty = git_state(Path(__file__).parent)
-        found = {"git_sha": sha, "git_dirty": dirty, "versions": environment(), "command": command_line()}
-        loggers.append(WandbRun(cfg_logger, run_dir, run_name, {**config, "facts": {**found, **facts}}, tags))
+        known = {**origin(Path(__file__).parent), **facts}
+        loggers.append(WandbRun(cfg_logger, run_dir, run_name, {**config, "facts": known}, tags))
     return loggers

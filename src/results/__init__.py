@@ -9,10 +9,20 @@ from src.results.checks import SCHEMA_VERSION, ResultError, plain
 from src.results.cost import CostResult, check_cost, read_cost, write_cost
 from src.results.evaluation import EvaluationResult, read_evaluation, write_evaluation
 from src.results.files import kind_of, read_rows, write_atomic
-from src.results.provenance import HIDDEN, PACKAGES, command_line, environment, git_state, hide_secrets, origin, scrub
+from src.results.provenance import (
+    HIDDEN,
+    PACKAGES,
+    command_line,
+    dated_origin,
+    environment,
+    git_state,
+    hide_secrets,
+    origin,
+    scrub,
+)
 from src.results.train import Result, check_result, read_results, write_results
 
 __all__ = ["HIDDEN", "PACKAGES", "SCHEMA_VERSION", "CostResult", "EvaluationResult", "Result", "ResultError"]
-__all__ += ["check_cost", "check_result", "command_line", "environment", "git_state", "hide_secrets", "kind_of", "origin"]
-__all__ += ["plain", "read_cost", "read_evaluation", "read_results", "read_rows", "scrub", "write_atomic", "write_cost"]
-__all__ += ["write_evaluation", "write_results"]
+__all__ += ["check_cost", "check_result", "command_line", "dated_origin", "environment", "git_state", "hide_secrets"]
+__all__ += ["kind_of", "origin", "plain", "read_cost", "read_evaluation", "read_results", "read_rows", "scrub"]
+__all__ += ["write_atomic", "write_cost", "write_evaluation", "write_results"]

@@ -1,5 +1,6 @@
 """Where a number comes from: versions, commit and command, without paths and secrets of the machine."""
 
+import datetime
 import importlib.metadata
 import os
 import platform
@@ -48,6 +49,11 @@ def origin(root: str | Path) -> dict[str, Any]:
     """Command, commit and versions of this process; root: the checkout."""
     sha, dirty = git_state(root)
     return {"command": command_line(), "git_sha": sha, "git_dirty": dirty, "versions": environment()}
+
+
+def dated_origin(root: str | Path) -> dict[str, Any]:
+    """The same with the time of now, as rows of results have it."""
+    return {**origin(root), "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
 
 
 def command_line() -> str:
