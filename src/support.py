@@ -35,10 +35,8 @@ def refusal(node: Mapping[str, Any], facts: BackboneFacts) -> str | None:
 def check_cell(cfg: DictConfig, backbone: Backbone) -> None:
     """Refuse an unsupported adapter or task with the reason and the nearest that works. Raises Unsupported."""
     adapter, facts = OmegaConf.to_container(cfg.adapter, resolve=True), backbone.facts
-    reason = refusal(adapter, facts)
-    if reason is not None:
-        near = nearest(adapter, facts)
-        raise Unsupported(f"adapter={cfg.adapter.name} backbone={cfg.backbone.name}: {reason} ({near})")
+    if fault := unsupported(adapter, cfg.backbone.name, facts):
+        raise Unsupported(fault)
     compiled = OmegaConf.select(cfg, "hardware.compile")
     if compiled in ("frozen", "all") and get_class(adapter["_target_"]).reaches_into_blocks:
         raise Unsupported(
@@ -48,10 +46,16 @@ def check_cell(cfg: DictConfig, backbone: Backbone) -> None:
     task = OmegaConf.to_container(cfg.task, resolve=True) if cfg.get("task") else None
     reason = task and refusal(task, facts)
     if reason:
-        works = [t for t in options("task") if refusal(_node("task", t), facts) is None]
+        works = [t for t in options("task") if refusal(node_of("task", t), facts) is None]
         raise Unsupported(
             f"task={cfg.task.name} backbone={cfg.backbone.name}: {reason} (on this backbone: {', '.join(works) or 'none'})"
         )
+
+
+def unsupported(adapter: Mapping[str, Any], backbone: str, facts: BackboneFacts) -> str | None:
+    """What is said of an adapter's node that does not work on a backbone, with what would; None if it does."""
+    reason = refusal(adapter, facts)
+    return reason and f"adapter={adapter['name']} backbone={backbone}: {reason} ({nearest(adapter, facts)})"
 
 
 def nearest(adapter: Mapping[str, Any], facts: BackboneFacts) -> str:
@@ -65,19 +69,19 @@ def nearest(adapter: Mapping[str, Any], facts: BackboneFacts) -> str:
     here = own or ", ".join(works) or "none"
     embedded = facts.source.startswith("embedded:")
     bases = sorted(options("backbone"), key=lambda b: (_family(b) != facts.family, b.endswith("_tiny") != embedded))
-    there = next((b for b in bases if refusal(adapter, _facts(b)) is None), None)
+    there = next((b for b in bases if refusal(adapter, facts_of(b)) is None), None)
     return f"on this backbone: {here}" + (f"; with this adapter: backbone={there}" if there else "")
 
 
 @cache
 def matrix() -> dict[str, dict[str, str | None]]:
     """adapter -> backbone -> None where it works, else the reason why not."""
-    return {a: {b: refusal(_node("adapter", a), _facts(b)) for b in options("backbone")} for a in options("adapter")}
+    return {a: {b: refusal(node_of("adapter", a), facts_of(b)) for b in options("backbone")} for a in options("adapter")}
 
 
 def task_gaps() -> dict[str, dict[str, str]]:
     """task -> backbone -> why it cannot be learned there, for those that cannot; adapters read every condition alike."""
-    found = {t: {b: refusal(_node("task", t), _facts(b)) for b in options("backbone")} for t in options("task")}
+    found = {t: {b: refusal(node_of("task", t), facts_of(b)) for b in options("backbone")} for t in options("task")}
     return {t: {b: reason for b, reason in row.items() if reason} for t, row in found.items()}
 
 
@@ -111,12 +115,13 @@ def reasons() -> str:
 
 
 @cache
-def _node(group: str, name: str) -> dict[str, Any]:
+def node_of(group: str, name: str) -> dict[str, Any]:
+    """The node that a yaml of a group makes."""
     return OmegaConf.to_container(load("train", [f"{group}={name}"])[group], resolve=True)
 
 
 def _works(adapter: str, facts: BackboneFacts) -> bool:
-    return refusal(_node("adapter", adapter), facts) is None
+    return refusal(node_of("adapter", adapter), facts) is None
 
 
 @cache
@@ -132,7 +137,8 @@ def _family(name: str) -> str:
 
 
 @cache
-def _facts(name: str) -> BackboneFacts:
+def facts_of(name: str) -> BackboneFacts:
+    """Facts of a backbone by the name of its yaml, without a download."""
     node = load("train", [f"backbone={name}"]).backbone
     if not ModelSource(node.source).embedded:
         node.source = f"random:{name}"

@@ -25,6 +25,18 @@ class UserError(Exception):
     """Something the person at the keyboard can mend: printed as one line, exit code 2, no traceback."""
 
 
+def resolution_fault(key: str, side: int, multiple: int, largest: int | None, source: str) -> str | None:
+    """Why a backbone cannot have pictures of a side in pixels, with the nearest that it can; None if it can.
+
+    key: where it was written; multiple, largest: of `BackboneFacts`; source: whose position embedding ends at largest."""
+    if side % multiple or side < multiple:
+        low = max(multiple, side // multiple * multiple)
+        return f"{key}={side} is not a multiple of {multiple} (autoencoder x patch): use {low} or {low + multiple}"
+    if largest is not None and side > largest:
+        return f"{key}={side}: the position embedding of {source} ends at {largest} pixels a side"
+    return None
+
+
 @contextmanager
 def refused_in_one_line() -> Iterator[None]:
     """Around an entry that is no configured command: a UserError is printed as one line and ends the process with code 2."""

@@ -20,6 +20,7 @@ from src.backbones.source import ModelSource
 from src.hub import from_safetensors
 from src.objectives import Objective
 from src.types import BackboneFacts, StreamState, TextCond, UserError
+from src.vocabulary import resolution_fault
 
 
 class Backbone(nn.Module, ABC):
@@ -250,12 +251,8 @@ class Backbone(nn.Module, ABC):
     def check_resolution(self, side: int, key: str = "resolution") -> None:
         """Refuse a side in pixels that does not divide into latents and patches, naming the nearest legal ones, or that is
         beyond the position embedding. key: where it was written."""
-        m, largest = self.facts.multiple, self.facts.largest
-        if side % m or side < m:
-            low = max(m, side // m * m)
-            raise UserError(f"{key}={side} is not a multiple of {m} (autoencoder x patch): use {low} or {low + m}")
-        if largest is not None and side > largest:
-            raise UserError(f"{key}={side}: the position embedding of {self.facts.source} ends at {largest} pixels a side")
+        if fault := resolution_fault(key, side, self.facts.multiple, self.facts.largest, self.facts.source):
+            raise UserError(fault)
 
     def shape_key(self) -> str:
         """Equal for backbones whose networks differ in nothing but the values of their weights. Needs no weights."""

@@ -8,6 +8,7 @@ too. One cell is one process: with `-m` each cell of a sweep gets its own.
 
 from omegaconf import DictConfig
 
+from src.bench.known import refuse_known
 from src.config import cli
 
 
@@ -22,4 +23,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    cli("bench", main)
+    cli("bench", main, early=refuse_known)

@@ -8,7 +8,7 @@ import importlib.util
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -63,12 +63,17 @@ def composed(request: Request) -> tuple[DictConfig, list[str]]:
     return _checked(cfg, request.schema, where)
 
 
-def preflight(config_name: str, argv: list[str], config_dir: str | Path = CONF) -> "Sweep | None":
+Early = Callable[[DictConfig, Mapping[str, Any]], None]  # of a configuration, and of which yaml each of its groups is
+
+
+def preflight(
+    config_name: str, argv: list[str], config_dir: str | Path = CONF, early: Early | None = None
+) -> "Sweep | None":
     """Check a command line (`argv` without the program's name) before Hydra sees it. -> the sweep that it asks for, if any.
 
     Prints `error: <place>: <key>=<value> <fault>` on stderr, or a list of such faults, and exits 2 if it is wrong. Help,
     completion and Hydra's own information flags are left to Hydra; `--cfg` is only composed, for a reader may want to see an
-    incomplete one.
+    incomplete one. early: a check of a single job that needs no class of a node, and so comes before they are imported.
     """
     # the plugin of submitit knows the keys of conf/hydra/launcher/submitit_*.yaml; Hydra checks them, and means to stop that
     warnings.filterwarnings("ignore", message="(?s).*validated against ConfigStore schema with the same name")
@@ -86,7 +91,7 @@ def preflight(config_name: str, argv: list[str], config_dir: str | Path = CONF) 
                 continue
             multirun, whole = args.multirun or cfg.hydra.mode == RunMode.MULTIRUN, cfg.copy()
             try:
-                notes = _checked(cfg, request.schema, where)[1]
+                notes = _checked(cfg, request.schema, where, None if multirun else early)[1]
             except Incompatible:
                 if not multirun:
                     raise
@@ -100,13 +105,13 @@ def preflight(config_name: str, argv: list[str], config_dir: str | Path = CONF) 
     return sweep
 
 
-def cli(config_name: str, main: Callable[[DictConfig], Any]) -> None:
-    """Run an entry: preflight, then Hydra. A UserError becomes one line on stderr and exit code 2, without a traceback.
+def cli(config_name: str, main: Callable[[DictConfig], Any], early: Early | None = None) -> None:
+    """Run an entry: `preflight`, then Hydra. A UserError becomes one line on stderr and exit code 2, without a traceback.
 
     In a multirun the jobs after a refused one still run, and the exit code is 2 at the end; `sweep` keys make each of them a
     process of its own (src/sweep), whatever launches it.
     """
-    sweep = preflight(config_name, sys.argv[1:])
+    sweep = preflight(config_name, sys.argv[1:], early=early)
     if {"--help", "-h"} & set(sys.argv[1:]):
         only(config_name)
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra otherwise ends on any exception itself, with exit code 1
@@ -165,7 +170,7 @@ def _is_here(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-def _checked(cfg: DictConfig, schema: type, where: Where) -> tuple[DictConfig, list[str]]:
+def _checked(cfg: DictConfig, schema: type, where: Where, early: Early | None = None) -> tuple[DictConfig, list[str]]:
     """The configuration without Hydra's node, and notes that are worth a line. Raises all faults at once."""
     choices = cfg.hydra.runtime.choices
     with open_dict(cfg):
@@ -176,7 +181,9 @@ def _checked(cfg: DictConfig, schema: type, where: Where) -> tuple[DictConfig, l
     if tree is not None:
         gather(check_secrets, tree, where)
         gather(check_values, tree, schema, where)
-        gather(check_nodes, tree, schema, where)
+        if early is not None:
+            gather(early, cfg, choices)
+        gather(check_nodes, tree, schema, where, bool(gather.found))
         notes = check_together(tree, where, gather)
     own = gather(own_note, cfg, choices)
     gather.done()

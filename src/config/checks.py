@@ -11,7 +11,7 @@ from typing import Any, Literal
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from src.config.messages import ConfigError, Gather, Where, guess, key_is, nearest_key
+from src.config.messages import COMMAND_LINE, ConfigError, Gather, Where, guess, key_is, nearest_key
 from src.config.signatures import HYDRA_KEYS, fits, hint_name, signature
 from src.results import HIDDEN, hide_secrets
 
@@ -137,13 +137,17 @@ def _check_value(tree: dict, field: dataclasses.Field, key: str, where: Where) -
         raise ConfigError(key_is(where(key), key, value, f"is not below {below}")).of(key)
 
 
-def check_nodes(tree: dict, schema: type, where: Where) -> None:
+def check_nodes(tree: dict, schema: type, where: Where, typed_only: bool = False) -> None:
     """Every node with a `_target_` against the signature of its class: names, required arguments and types.
 
-    Imports what the nodes name, and so diffusers and Lightning: seconds.
+    Imports what the nodes name, and so diffusers and Lightning: seconds. typed_only: leaves nodes out of which nothing was
+    typed on the command line, for whoever has a fault to tell already and should not be kept waiting.
     """
     gather = Gather()
     for key, group, node in target_nodes(tree, schema):
+        typed = not isinstance(node, dict) or any(where(f"{key}.{name}") == COMMAND_LINE for name in node)
+        if typed_only and not typed:
+            continue
         gather(_check_node, tree, schema, key, group, node, where)
     gather.done()
 

@@ -27,12 +27,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from src.config.checks import legal_keys
-from src.config.messages import ConfigError, guess, key_is, nearest, nearest_key
+from src.config.messages import COMMAND_LINE, ConfigError, guess, key_is, nearest, nearest_key
 from src.config.signatures import hint_name
 
 ROOT = Path(__file__).resolve().parents[2]
 CONF = ROOT / "conf"
-COMMAND_LINE = "command line"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,6 +7,7 @@ from typing import Any
 
 from src.vocabulary import UserError
 
+COMMAND_LINE = "command line"
 Where = Callable[[str], str]  # a dotted key -> the yaml file, or the command line, that set it
 
 
