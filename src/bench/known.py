@@ -1,4 +1,4 @@
-"""What a cell is refused for by its words alone: pairs of adapter and backbone, and resolutions, listed in known.json.
+"""What a cell is refused for by its words alone: switches, and the pairs and resolutions that are listed in known.json.
 
     python -m src.bench.known
 
@@ -15,24 +15,59 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from src.config import CONF, ConfigError, Unsupported
-from src.config.messages import listed
+from src.config.messages import Gather
 from src.vocabulary import resolution_fault
 
 LIST = Path(__file__).with_suffix(".json")
 
 
 def refuse_known(cfg: DictConfig, choices: Mapping[str, Any]) -> None:
-    """Refuse a cell that the list says cannot be, with all that it says. choices: which yaml of each group it has.
+    """Refuse a cell that the list or its switches rule out, with all there is to say of it. Raises ConfigError; Unsupported
+    where it is the pair of adapter and backbone alone. choices: which yaml of each group it has."""
+    gather = Gather()
+    gather(check_switches, cfg)
+    gather(_check_pair, cfg, choices)
+    gather(_check_side, cfg, choices)
+    gather.done()
 
-    Raises Unsupported for a pair, ConfigError for a resolution."""
-    known, adapter, backbone = json.loads(LIST.read_text(encoding="utf-8")), str(choices["adapter"]), str(choices["backbone"])
-    if backbone not in known["sides"] or not _as_in_yaml(cfg, "backbone", backbone):
-        return
-    about = not cfg.floor and _as_in_yaml(cfg, "adapter", adapter)
-    pair = known["pairs"].get(adapter, {}).get(backbone) if about else None
-    faults = [one for one in (pair, resolution_fault("resolution", cfg.resolution, *known["sides"][backbone])) if one]
-    if faults:
-        raise (Unsupported if pair else ConfigError)(listed(faults))
+
+def _check_pair(cfg: DictConfig, choices: Mapping[str, Any]) -> None:
+    adapter, backbone = str(choices["adapter"]), str(choices["backbone"])
+    fault = _known()["pairs"].get(adapter, {}).get(backbone)
+    if fault and not cfg.floor and _as_in_yaml(cfg, "backbone", backbone) and _as_in_yaml(cfg, "adapter", adapter):
+        raise Unsupported(fault)
+
+
+def _check_side(cfg: DictConfig, choices: Mapping[str, Any]) -> None:
+    backbone = str(choices["backbone"])
+    given = _known()["sides"].get(backbone)
+    fault = given and _as_in_yaml(cfg, "backbone", backbone) and resolution_fault("resolution", cfg.resolution, *given)
+    if fault:
+        raise ConfigError(fault)
+
+
+def _known() -> dict[str, Any]:
+    return json.loads(LIST.read_text(encoding="utf-8"))
+
+
+def check_switches(cfg: DictConfig) -> None:
+    """Refuse what no cell is made of: several devices, and switches that its numbers would carry in their flags and know
+    nothing of. Raises ConfigError."""
+    hardware = cfg.hardware
+    if hardware.devices not in (None, 1):  # None: of hardware=auto, before it has been asked
+        raise ConfigError(f"hardware.devices={hardware.devices}: one device works on a cell; write hardware.devices=1")
+    if cfg.naive and (cfg.floor or cfg.what != "training"):
+        raise ConfigError("naive=true leaves gradients on in a training's backbone; write what=training floor=false with it")
+    if hardware.overlap:
+        fault = "a cell is a step by itself, and has no next pass to make ahead"
+        raise ConfigError(f"hardware.overlap=true: {fault}; python -m src.bench.speed overlap measures it")
+    still = {"compile": "none", "channels_last": False}
+    moved = [key for key, value in still.items() if hardware[key] not in (value, None)]
+    if cfg.mode == "estimate" and moved:
+        key, fault = moved[0], "an estimate counts operations as they stand in the code, one kernel each"
+        typed = str(hardware[key]).lower()
+        fix = f"write mode=measure, or hardware.{key}={str(still[key]).lower()}"
+        raise ConfigError(f"hardware.{key}={typed}: {fault}; {fix}")
 
 
 def _as_in_yaml(cfg: DictConfig, group: str, name: str) -> bool:

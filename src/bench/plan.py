@@ -13,6 +13,7 @@ from src import build
 from src.backbones.base import Backbone
 from src.backbones.source import SHAPES, ModelSource
 from src.bench.floor import Floor
+from src.bench.known import check_switches
 from src.config import CONF, resolve_hardware
 from src.construct import construct
 from src.matching import matched
@@ -51,11 +52,7 @@ def plan(cfg: DictConfig, say: Callable[[str], None]) -> Cell:
     cfg = cfg.copy()
     if cfg.mode == "measure" or cfg.hardware.accelerator == "auto":
         cfg = resolve_hardware(cfg)
-    if cfg.hardware.devices != 1:
-        raise UserError(f"hardware.devices={cfg.hardware.devices}: one device works on a cell; write hardware.devices=1")
-    if cfg.naive and (cfg.floor or cfg.what != "training"):
-        raise UserError("naive=true leaves gradients on in a training's backbone; write what=training floor=false with it")
-    _check_switches(cfg)
+    check_switches(cfg)
     with open_dict(cfg):
         cfg.time_law = TIME_LAWS[0]  # costs nothing, and an adapter asks for it
         cfg.backbone.source = shape_of(cfg.backbone, say)
@@ -66,21 +63,6 @@ def plan(cfg: DictConfig, say: Callable[[str], None]) -> Cell:
         if chosen:
             say(chosen)
     return Cell(cfg, backbone, rates_of(cfg.hardware))
-
-
-def _check_switches(cfg: DictConfig) -> None:
-    """Refuse switches that a cell's numbers would carry in their flags and know nothing of."""
-    hardware = cfg.hardware
-    if hardware.overlap:
-        fault = "a cell is a step by itself, and has no next pass to make ahead"
-        raise UserError(f"hardware.overlap=true: {fault}; python -m src.bench.speed overlap measures it")
-    still = {"compile": "none", "channels_last": False}
-    moved = [key for key, value in still.items() if hardware[key] not in (value, None)]
-    if cfg.mode == "estimate" and moved:
-        key, fault = moved[0], "an estimate counts operations as they stand in the code, one kernel each"
-        typed = str(hardware[key]).lower()
-        fix = f"write mode=measure, or hardware.{key}={str(still[key]).lower()}"
-        raise UserError(f"hardware.{key}={typed}: {fault}; {fix}")
 
 
 def shape_of(node: DictConfig, say: Callable[[str], None]) -> str:
