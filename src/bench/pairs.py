@@ -1,0 +1,109 @@
+"""UniCon against ControlNet at about equal size, from the rows of a table of costs, so that no ratio is typed.
+
+    python -m src.bench.pairs experiments/cost/estimates
+
+Prints one Markdown table. A pair is UniCon-Half with the ControlNet of the backbone, and on transformers UniCon with the ControlNet
+that copies all blocks but the last; both without checkpointing, with it in the adapter alone, in both networks, and
+against a ControlNet whose backbone nobody froze.
+"""
+
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from src.bench.markdown import rows
+from src.results import CostResult, read_cost
+from src.results.cost import FLOPS
+from src.vocabulary import UserError, refused_in_one_line
+
+TITLES = [
+    "backbone, pixels, batch",
+    "ControlNet",
+    "UniCon",
+    "checkpointing",
+    "memory, GiB",
+    "ratio",
+    "operations",
+    "bound on time",
+]
+WAYS = (("none", False), ("adapter", False), ("both", False), ("none", True))  # checkpointing, naive
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two rows of one place, batch and way. Ratios are over the same rows: below 1 in memory, above 1 in the others, UniCon is
+    the cheaper one."""
+
+    net: CostResult
+    uni: CostResult
+
+    @property
+    def memory(self) -> float:
+        return self.uni.peak_mem_gib / self.net.peak_mem_gib
+
+    @property
+    def operations(self) -> float:
+        """Of a step, with what is recomputed."""
+        net, uni = (sum(row.flops[part] for part in FLOPS) for row in (self.net, self.uni))
+        return net / uni
+
+    @property
+    def time(self) -> float:
+        return self.net.step_time_ms["total"] / self.uni.step_time_ms["total"]
+
+    def cells(self) -> list[str]:
+        """Of its row in the table."""
+        backbone, naive = self.uni.backbone["name"], self.net.flags["naive"]
+        return [
+            f"{backbone}, {self.uni.resolution}, {self.uni.batch}",
+            f"{self.net.trainable_m:.0f} M",
+            f"{'UniCon-Half' if self.uni.adapter == 'unicon_half' else 'UniCon'}, {self.uni.trainable_m:.0f} M",
+            "none; ControlNet's backbone not frozen" if naive else self.uni.flags["checkpointing"],
+            f"{self.net.peak_mem_gib:.1f} to {self.uni.peak_mem_gib:.1f}",
+            *(f"{ratio:.2f}" for ratio in (self.memory, self.operations, self.time)),
+        ]
+
+
+def pairs(folder: Path, batch: int = 8) -> Iterator[Pair]:
+    """Every pair of a batch that the rows below a folder have both sides of, place by place. Raises UserError for a folder
+    without one, ResultError for a file that cannot be read."""
+    by_place: dict[tuple[str, int], list[CostResult]] = defaultdict(list)
+    for file in sorted(folder.rglob("results.json")):
+        row = read_cost(file)
+        if row.what == "training" and row.batch == batch and row.adapter is not None and row.step_time_ms is not None:
+            by_place[row.backbone["name"], row.resolution].append(row)
+    found = [pair for place in by_place.values() for pair in _of(place)]
+    if not found:
+        raise UserError(
+            f"{folder}: no row of UniCon beside one of ControlNet at batch {batch}; python -m src.bench.table writes them"
+        )
+    yield from found
+
+
+def _of(place: list[CostResult]) -> Iterator[Pair]:
+    nets = [r for r in place if r.adapter in ("controlnet", "dit_controlnet")]
+    sizes = sorted({r.trainable_m for r in nets})
+    for name, size in zip(("unicon_half", "unicon"), sizes, strict=False):
+        for scope, naive in WAYS:
+            net = [r for r in nets if r.trainable_m == size and _way(r) == (scope, naive)]
+            uni = [r for r in place if r.adapter == name and _way(r) == (scope, False)]
+            if net and uni:
+                yield Pair(net[0], uni[0])
+
+
+def _way(row: CostResult) -> tuple[str, bool]:
+    return row.flags["checkpointing"], row.flags["naive"]
+
+
+def table(found: Iterable[Pair]) -> str:
+    """In Markdown."""
+    return "\n".join(rows(TITLES, [pair.cells() for pair in found]))
+
+
+if __name__ == "__main__":
+    with refused_in_one_line():
+        if len(sys.argv) != 2:
+            raise UserError("give the folder of a table: python -m src.bench.pairs experiments/cost/estimates")
+        print(table(pairs(Path(sys.argv[1]))))
