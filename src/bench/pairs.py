@@ -2,9 +2,9 @@
 
     python -m src.bench.pairs experiments/cost/estimates
 
-Prints one Markdown table. A pair is UniCon-Half with the ControlNet of the backbone, and on transformers UniCon with the ControlNet
-that copies all blocks but the last; both without checkpointing, with it in the adapter alone, in both networks, and
-against a ControlNet whose backbone nobody froze.
+Prints one Markdown table. A pair is UniCon-Half with the ControlNet of the backbone, and on transformers UniCon with the
+ControlNet that copies all blocks but the last; both without checkpointing, with it in the adapter alone, in both networks,
+and against a ControlNet whose backbone nobody froze.
 """
 
 import sys

@@ -1,7 +1,7 @@
 """What is drawn, as data: the page draws it as SVG (`svg`), the files as PNG and SVG (`figures`)."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from omegaconf import OmegaConf
@@ -206,8 +206,16 @@ def stacks(group: Group[CostRow]) -> list[Stack]:
         bound = unit == "ms" and group.conditions["mode"] == "estimate"
         note = "Lower bounds by the rates of the named GPU, not times that were seen." if bound else ""
         if bars:
-            found.append(Stack(title, unit, tuple(bars), present, note, bound))
+            found.append(_legible(Stack(title, unit, tuple(bars), present, note, bound)))
     return found
+
+
+def _legible(stack: Stack) -> Stack:
+    """In TFLOP where GFLOP would have six digits."""
+    if stack.unit != "GFLOP" or max(bar.total for bar in stack.bars) < 1e4:
+        return stack
+    bars = (replace(bar, parts=tuple((name, size / 1e3) for name, size in bar.parts)) for bar in stack.bars)
+    return replace(stack, unit="TFLOP", bars=tuple(bars))
 
 
 def _parts(row: CostRow, unit: str, parts: Sequence[str]) -> tuple[tuple[str, float], ...]:
@@ -226,6 +234,15 @@ def _spread(row: CostRow, unit: str) -> tuple[float | None, float | None]:
     return tuple(total["quartiles"]) if unit == "ms" and isinstance(total, dict) else (None, None)
 
 
+def _rates(row: CostRow) -> tuple[float | None, float | None]:
+    """Quartiles of the images per second, from those of the time that they were taken of."""
+    times = row.result.latency_ms["batch"] if row.result.latency_ms else (row.result.step_time_ms or {}).get("total")
+    if not isinstance(times, dict):
+        return None, None
+    fast, slow = times["quartiles"]
+    return 1e3 * row.result.batch / slow, 1e3 * row.result.batch / fast
+
+
 def speed_stack(rows: Sequence[CostRow]) -> Stack | None:
     """Images per second of every measured cell; None if none was."""
     done = [row for row in rows if row.result.mode == "measure" and row.result.img_per_s]
@@ -233,7 +250,7 @@ def speed_stack(rows: Sequence[CostRow]) -> Stack | None:
     for row in done:
         r = row.result
         name = f"{row.label}; {r.backbone['name']}, {r.resolution} px, {r.what}, batch {r.batch}, {r.device}"
-        bars.append(Bar(name, (("images/s", r.img_per_s),)))
+        bars.append(Bar(name, (("images/s", r.img_per_s),), *_rates(row)))
     return Stack("speed as measured", "images/s", tuple(bars), ("images/s",)) if bars else None
 
 

@@ -30,7 +30,7 @@ def draw_stacks(found: Sequence[Stack], stem: Path, title: str) -> list[Path]:
     if not found:
         return []
     names = list(dict.fromkeys(bar.name for stack in found for bar in stack.bars))
-    with figure_of(1.8 + 3.9 * len(found), 2.2 + 0.34 * len(names)) as figure:
+    with figure_of(1.8 + 3.9 * len(found), 2.1 + 0.34 * len(names)) as figure:
         figure.suptitle(title, fontsize=10)
         for place, stack in enumerate(found):
             axes = figure.add_subplot(1, len(found), place + 1)
@@ -77,9 +77,9 @@ def _stack(axes: Any, stack: Stack, names: Sequence[str]) -> None:
     axes.set_yticks([places[name] for name in names], names, fontsize=8)
     axes.set_ylim(-0.6, len(names) - 0.4)
     axes.set_xlim(0, 1.16 * max(max(bar.total, bar.high or 0.0) for bar in stack.bars) or 1)
-    axes.legend(
-        frameon=False, fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.6 / (1.5 + 0.34 * len(names)) - 0.1)
-    )
+    axes.locator_params(axis="x", nbins=5)
+    below = -0.6 / (0.34 * len(names))  # inches over the height of the axes
+    axes.legend(frameon=False, fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, below))
 
 
 def _saved(figure: Any, stem: Path) -> list[Path]:

@@ -94,7 +94,7 @@ def cost_groups(rows: Iterable[CostRow]) -> list[Group[CostRow]]:
     found += _grouped(lonely, lambda row: cost_conditions(row.result))
     order = {adapter: i for i, adapter in enumerate(dict.fromkeys(row.result.adapter for row in rows))}
     for group in found:
-        group.rows.sort(key=lambda row: (not row.floor, order[row.result.adapter], _recomputed(row)))
+        group.rows.sort(key=lambda row: (not row.floor, order[row.result.adapter], *_size_and_way(row)))
         c = group.conditions
         group.title = f"{c['backbone']}, {c['resolution']} pixels, {c['what']}, batch {c['batch']}, {_MODES[c['mode']]}"
     return _described(found, lambda c: f"{c['backbone']}-{c['resolution']}-{c['what']}-b{c['batch']}-{c['mode']}")
@@ -157,10 +157,11 @@ def _described(found: list[Group], slug: Callable[[dict[str, Any]], str]) -> lis
     return found
 
 
-def _recomputed(row: CostRow) -> int:
-    """From nothing that is computed twice to everything."""
-    scopes, own = get_args(Checkpointing), row.result.flags["checkpointing"]
-    return scopes.index(own) if own in scopes else len(scopes)
+def _size_and_way(row: CostRow) -> tuple[float, int, bool]:
+    """From the smaller of a method's adapters to the larger, and of each from nothing that is computed twice to everything."""
+    scopes, flags = get_args(Checkpointing), row.result.flags
+    own = flags["checkpointing"]
+    return row.result.trainable_m, scopes.index(own) if own in scopes else len(scopes), bool(flags.get("naive"))
 
 
 def _without(conditions: dict[str, Any]) -> dict[str, Any]:
