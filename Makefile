@@ -41,8 +41,14 @@ GPU := runs/bench_gpu
 BENCH_PYTHON ?= $(BIN)/python
 MINIMAL := $(VENV)/.installed_minimal
 BENCH_READY := $(if $(filter $(BIN)/python,$(BENCH_PYTHON)),$(MINIMAL))
-CELLS := $(BENCH_PYTHON) -m src.bench -m hardware=auto mode=measure output_dir=$(GPU)
-GO_ON := || echo "bench-gpu: not everything of the last command ended well, as it says above; the next one goes on" >&2
+CELLS := $(BENCH_PYTHON) -m src.bench -m hardware=auto mode=measure sweep.timeout_s=120 output_dir=$(GPU)
+PIXART := backbone=pixart_alpha resolution=512 batch=8
+SD3 := backbone=sd3_medium resolution=1024 batch=4
+GO_ON := || { touch $(GPU)/failed; echo "bench-gpu: not everything of the last command ended well, as it says above; the next one goes on" >&2; }
+HAS_GPU := import sys, torch; torch.cuda.is_available() or sys.exit("error: bench-gpu: torch finds no GPU here; what full-size cells take without one: make cost-table")
+# a copy of diffusers' examples/controlnet/train_controlnet_sd3.py to be measured beside: make bench-gpu PEER=<file>
+PEER ?=
+, := ,
 
 $(MINIMAL): pyproject.toml constraints.txt
 	@test -e $(STAMP) || { $(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .; }
@@ -50,16 +56,21 @@ $(MINIMAL): pyproject.toml constraints.txt
 
 # Not run on a GPU so far: its minutes are a guess, and the compiled switches may take more of them.
 bench-gpu: $(BENCH_READY) ## memory and speed on this machine's GPU, in about 10 minutes; needs neither wandb nor clean-fid
-	$(CELLS) backbone=pixart_alpha resolution=512 batch=8 adapter=unicon,unicon_half,dit_controlnet,t2i_adapter $(GO_ON)
-	$(CELLS) backbone=pixart_alpha resolution=512 batch=8 adapter=unicon_half,dit_controlnet hardware.checkpointing=adapter,both $(GO_ON)
-	$(CELLS) backbone=sd3_medium resolution=1024 batch=4 adapter=unicon,unicon_half,dit_controlnet $(GO_ON)
-	$(CELLS) backbone=sd21 resolution=512 batch=8 adapter=unicon_half,controlnet $(GO_ON)
-	$(CELLS) backbone=pixart_alpha resolution=512 batch=8 floor=true what=training,inference steps=10 repeats=5 $(GO_ON)
-	$(CELLS) backbone=sd3_medium resolution=1024 batch=4 floor=true $(GO_ON)
-	$(CELLS) backbone=pixart_alpha resolution=512 batch=8 adapter=unicon_half,dit_controlnet what=inference steps=10 repeats=5 $(GO_ON)
-	$(BENCH_PYTHON) -m src.bench.speed fused,adamw8bit,fp8,overlap,shared_4,cached,reuse_4,compiled,graphs,together backbone=pixart_alpha adapter=unicon_half resolution=512 hardware=auto logger=local output_dir=$(GPU) $(GO_ON)
+	@$(BENCH_PYTHON) -c '$(HAS_GPU)'
+	@mkdir -p $(GPU) && rm -f $(GPU)/failed
+	$(CELLS) $(PIXART) adapter=unicon,unicon_half,dit_controlnet,t2i_adapter $(GO_ON)
+	$(CELLS) $(PIXART) adapter=unicon_half,dit_controlnet hardware.checkpointing=adapter,both $(GO_ON)
+	$(CELLS) $(SD3) adapter=unicon,unicon_half,dit_controlnet $(GO_ON)
+	$(CELLS) backbone=sd21 resolution=512 batch=8 adapter=unicon_half,controlnet hardware.channels_last=false,true $(GO_ON)
+	$(CELLS) $(PIXART) floor=true what=training,inference steps=10 repeats=5 $(GO_ON)
+	$(CELLS) $(SD3) floor=true $(GO_ON)
+	$(CELLS) $(PIXART) adapter=unicon_half,dit_controlnet what=inference steps=10 repeats=5 $(GO_ON)
+	$(CELLS) $(PIXART) adapter=unicon_half,dit_controlnet hardware.compile=all $(GO_ON)
+	$(BENCH_PYTHON) -m src.bench.speed fused,adamw8bit,fp8,int8,overlap,shared_4,cached,reuse_4,compiled,graphs,together backbone=pixart_alpha adapter=unicon_half resolution=512 hardware=auto logger=local output_dir=$(GPU) $(GO_ON)
+	$(if $(PEER),$(BENCH_PYTHON) -m src.bench.peer script=$(PEER) shape=sd3_medium resolution=512 repetitions=2 hardware=auto "adapters=[dit_controlnet$(,)unicon_half]" output_dir=$(GPU) $(GO_ON))
 	$(BENCH_PYTHON) -m src.report runs=[$(GPU)] out=$(GPU)/report $(GO_ON)
 	$(BENCH_PYTHON) -m src.bench.markdown $(GPU) $(GO_ON)
+	@! test -e $(GPU)/failed
 
 soak: $(STAMP) ## a long training with random kills beside one without: equal to the bit, or not
 	$(BIN)/python -m tests.fault.soak --steps 4000 --kills 12 --out runs/soak/soak.json
