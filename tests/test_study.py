@@ -110,10 +110,25 @@ def test_the_table_of_other_sizes_states_its_cells(name, folder, adapter):
     assert (size, value) == (found, round(score(f"table_2/{folder}", adapter=adapter), 3))
 
 
+def test_the_table_of_repeated_passes_states_its_cells():
+    """Short trainings by the mean of three seeds, longer ones by their own."""
+    repeated, heading = cells("repeated"), "Frozen passes that are used again"
+    ways = {(r.design["reuse"], r.design["feature_cache.draws"], r.images_seen) for r in repeated}
+    assert len(ways) == 6
+    for reuse, draws, images in ways:
+        own = [
+            r for r in repeated if (r.design["reuse"], r.design["feature_cache.draws"], r.images_seen) == (reuse, draws, images)
+        ]
+        name = f"`reuse={reuse}`" if reuse > 1 else f"`draws={draws}`"
+        line = row_of(f"{name}, {images:,}", heading)
+        assert line[0] == round(mean(r.metrics["canny_f1"]["value"] for r in own), 3)
+        assert len(own) == (1 if images == 32000 else 3)
+
+
 def test_every_cell_of_the_study_was_made_from_a_commit_alone():
     """But for those of which the page says so: a cache folder that git did not know lay in their checkout."""
     tables = sorted(p.name for p in STUDY.iterdir() if p.is_dir())
-    assert {"small", "table_1a", "table_1b", "table_2", "equal_flops"} <= set(tables)
+    assert {"small", "table_1a", "table_1b", "table_2", "equal_flops", "repeated"} <= set(tables)
     told = re.search(r"(\d+) of the cells.* say `git_dirty`", (ROOT / PAGE).read_text())
     flagged = [result.command for table in tables for result in cells(table) if result.git_dirty]
     assert len(flagged) == int(told[1])
