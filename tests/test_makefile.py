@@ -1,4 +1,4 @@
-"""The Makefile's measurement on a GPU, without one: its commands compose, and what fails of them is told and fails the whole."""
+"""The Makefile's measurement on a GPU, without one: its commands compose, and what fails is told and fails the whole."""
 
 import os
 import shlex
