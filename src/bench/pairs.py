@@ -2,14 +2,14 @@
 
     python -m src.bench.pairs experiments/cost/estimates
 
-Prints one Markdown table. A pair is UniCon-Half with the ControlNet of the backbone, and on transformers UniCon with the
+Prints two Markdown tables. In the first a pair is UniCon-Half with the ControlNet of the backbone, and on transformers UniCon with the
 ControlNet that copies all blocks but the last; both without checkpointing, with it in the adapter alone, in both networks,
-and against a ControlNet whose backbone nobody froze.
+and against a ControlNet whose backbone nobody froze. The second is of drawing a picture: every method over its backbone alone.
 """
 
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +28,8 @@ TITLES = [
     "operations",
     "bound on time",
 ]
+NOTHING = "none"  # the adapter of the floor
+DRAWING = ["backbone, pixels", "method", "memory, GiB", "operations of a step", "bound on time"]
 WAYS = (("none", False), ("adapter", False), ("both", False), ("none", True))  # checkpointing, naive
 
 
@@ -72,7 +74,7 @@ def pairs(folder: Path, batch: int = 8) -> Iterator[Pair]:
     by_place: dict[tuple[str, int], list[CostResult]] = defaultdict(list)
     for file in sorted(folder.rglob("results.json")):
         row = read_cost(file)
-        if row.what == "training" and row.batch == batch and row.adapter is not None and row.step_time_ms is not None:
+        if row.what == "training" and row.batch == batch and row.step_time_ms is not None:
             by_place[row.backbone["name"], row.resolution].append(row)
     found = [pair for place in by_place.values() for pair in _of(place)]
     if not found:
@@ -97,13 +99,32 @@ def _way(row: CostResult) -> tuple[str, bool]:
     return row.flags["checkpointing"], row.flags["naive"]
 
 
-def table(found: Iterable[Pair]) -> str:
-    """In Markdown."""
-    return "\n".join(rows(TITLES, [pair.cells() for pair in found]))
+def drawing(folder: Path) -> Iterator[list[str]]:
+    """Of every method that draws one picture below a folder: place, method, peak, and operations and bound on time of a solver
+    step over those of the backbone alone."""
+    found = [read_cost(file) for file in sorted(folder.rglob("results.json"))]
+    found = [r for r in found if r.what == "inference" and r.batch == 1 and r.step_time_ms is not None]
+    floors = {(r.backbone["name"], r.resolution): r for r in found if r.adapter == NOTHING}
+    for r in sorted(
+        found, key=lambda r: (r.backbone["name"], r.resolution, r.flops["frozen_forward"] + r.flops["adapter_forward"])
+    ):
+        floor = floors.get((r.backbone["name"], r.resolution))
+        if floor is not None:
+            operations = (r.flops["frozen_forward"] + r.flops["adapter_forward"]) / floor.flops["frozen_forward"]
+            name = "the backbone alone" if r.adapter == NOTHING else f"{r.adapter}, {r.trainable_m:.0f} M"
+            time = r.step_time_ms["total"] / floor.step_time_ms["total"]
+            place = f"{r.backbone['name']}, {r.resolution}"
+            yield [place, name, f"{r.peak_mem_gib:.1f}", f"{operations:.2f}", f"{time:.2f}"]
+
+
+def tables(folder: Path) -> str:
+    """Both, in Markdown. Raises as `pairs` does."""
+    first = rows(TITLES, [pair.cells() for pair in pairs(folder)])
+    return "\n".join([*first, "", *rows(DRAWING, list(drawing(folder)))])
 
 
 if __name__ == "__main__":
     with refused_in_one_line():
         if len(sys.argv) != 2:
             raise UserError("give the folder of a table: python -m src.bench.pairs experiments/cost/estimates")
-        print(table(pairs(Path(sys.argv[1]))))
+        print(tables(Path(sys.argv[1])))
