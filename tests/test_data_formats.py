@@ -655,6 +655,30 @@ def test_a_bad_map_is_named_with_a_fix(signal, raw, said):
         read_map(signal, raw, "x")
 
 
+@pytest.mark.parametrize("size", [(480, 640), (512, 512), (333, 250), (70, 67), (65, 64)])
+@pytest.mark.parametrize("colour", [False, True], ids=["gray", "rgb"])
+def test_no_line_of_an_edge_map_is_lost_when_it_shrinks(size, colour):
+    height, width = size
+    rows, columns = np.mgrid[:height, :width]
+    frame = Framing(64, "center", 0, None).frame(size, "x")
+    inside = (rows >= 0.1 * height) & (rows < 0.9 * height) & (abs(columns - width / 2) < 0.3 * width)
+    for at in range(11):
+        row, column = (round(side * (0.4 + at / 50)) for side in size)
+        for line in (rows == row, columns == column, columns - width // 2 == rows - row, columns - width // 2 == row - rows):
+            drawn = np.where(line & inside, 255, 0).astype(np.uint8)
+            made = frame.signal("canny", np.repeat(drawn[..., None], 3, 2) if colour else drawn)
+            assert made.shape[:2] == (64, 64)
+            assert set(np.unique(made)) == {0, 255}
+            white = (made if made.ndim == 2 else made[..., 0]) > 0
+            spans = [np.flatnonzero(white.any(axis)) for axis in (0, 1)]
+            assert all(len(span) == np.ptp(span) + 1 for span in spans), "without a gap"
+            long = max(len(span) for span in spans)
+            assert long >= 0.55 * 64
+            assert white.sum() <= (long if min(map(len, spans)) == 1 else 3 * long), "and no wider"
+    grown = Framing(64, "center", 0, None).frame((32, 32), "x").signal("canny", np.eye(32, dtype=np.uint8) * 255)
+    assert np.array_equal(grown, np.kron(np.eye(32, dtype=np.uint8), np.full((2, 2), 255, np.uint8)))
+
+
 def test_labels_keep_their_numbers():
     labels = (np.arange(64, dtype=np.uint8).reshape(8, 8) % 5).astype(np.uint8)
     image = Image.fromarray(labels).convert("P")

@@ -42,7 +42,10 @@ class Frame:
         height, width = self.scaled
         if values.shape[:2] != self.scaled:
             smaller = height * width < values.shape[0] * values.shape[1]
-            values = cv2.resize(values, (width, height), interpolation=shrink if smaller else grow)
+            chosen = shrink if smaller else grow
+            values = (
+                brightest(values, self.scaled) if chosen is None else cv2.resize(values, (width, height), None, 0, 0, chosen)
+            )
         cut = values[self.top : self.top + self.height, self.left : self.left + self.width]
         return np.ascontiguousarray(cut[:, ::-1] if self.flip else cut)
 
@@ -144,6 +147,14 @@ class Framing:
         """What changes a frame: part of a source's fingerprint."""
         drawn = {"crop_seed": self.crop_seed} if self.crop == "random" else {}
         return {"resolution": self.resolution, "crop": self.crop, "buckets": self.buckets, **drawn}
+
+
+def brightest(values: np.ndarray, size: Size) -> np.ndarray:
+    """(h, w[, C]) -> `size`: the largest value of each block. Every pixel is in one block, so a line of one pixel stays whole
+    and gets no wider than a pixel. A side that grows by a pixel of rounding repeats some."""
+    for axis, (have, want) in enumerate(zip(values.shape[:2], size, strict=True)):
+        values = np.maximum.reduceat(values, np.arange(want) * have // want, axis=axis)
+    return values
 
 
 def same_aspect(a: Size, b: Size) -> bool:

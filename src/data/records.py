@@ -13,7 +13,7 @@ from src.data.framing import Aspect, Crop, Framing, Small, same_aspect
 from src.data.source import BadPair, BadSample, Probe, Source, Split, note_once, refuse_set
 from src.types import Sample, UserError
 
-READING_VERSION = 2  # part of every fingerprint: raise it when a rule of picture, signals, captions or framing changes
+READING_VERSION = 3  # part of every fingerprint: raise it when a rule of picture, signals, captions or framing changes
 IMAGE = "image"  # the part of a record that is no signal
 HELD_OUT_PART = 10  # of how many images one is held out where the configuration wants more than there are
 

@@ -2,7 +2,8 @@
 
 A signal's name decides its kind:
 
-- canny: edges, (height, width) or (height, width, 3) uint8, scaled by the nearest pixel; transparent pixels are black.
+- canny: edges, (height, width) or (height, width, 3) uint8; transparent pixels are black. When a map shrinks, each pixel takes
+  the brightest of the block that it stands for, so that no line is lost; when it grows, the nearest pixel.
 - segmentation: labels, (height, width) uint8 or uint16 as they are written (a palette's indices), by the nearest pixel.
 - depth: (height, width) float32, the file's own values: 8- or 16-bit PNG, float or 16-bit TIFF, .npy; averaged when it
   shrinks, linear when it grows. NaN becomes 0, no measurement; +inf, the sky, the map's largest finite value.
@@ -50,7 +51,7 @@ SIGNALS: dict[str, Kind] = {
 FILTERS = {  # kind -> OpenCV's filter when a map shrinks, and when it grows
     "picture": (cv2.INTER_AREA, cv2.INTER_CUBIC),
     "depth": (cv2.INTER_AREA, cv2.INTER_LINEAR),
-    "edges": (cv2.INTER_NEAREST_EXACT, cv2.INTER_NEAREST_EXACT),
+    "edges": (None, cv2.INTER_NEAREST_EXACT),  # None: the brightest pixel of each block
     "labels": (cv2.INTER_NEAREST_EXACT, cv2.INTER_NEAREST_EXACT),
 }
 MAP_SUFFIXES = (".npy", ".json")  # beside those of pictures
