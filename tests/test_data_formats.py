@@ -25,6 +25,7 @@ from src.data.shards import ShardSource
 from src.data.signals import MIRRORED, read_joints, read_map
 from src.data.source import BadSample
 from src.tasks.degradations import resized
+from src.tasks.depth import Depth
 from src.types import UserError
 from tests.bad_files import (
     CAPTIONS,
@@ -653,6 +654,36 @@ def test_depth_is_read_at_full_range_from_every_file():
 def test_a_bad_map_is_named_with_a_fix(signal, raw, said):
     with pytest.raises(BadSample, match=rf"x: {said}"):
         read_map(signal, raw, "x")
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.uint16])
+@pytest.mark.parametrize("size", [(480, 640), (64, 80), (24, 32), (70, 67)])
+def test_a_hole_in_a_depth_map_leaves_no_rim(size, dtype):
+    rows, columns = np.mgrid[: size[0], : size[1]]
+    depth = np.where(columns < size[1] / 2, 5, 7).astype(dtype)
+    hole = np.hypot(rows - size[0] / 2, columns - 0.35 * size[1]) < 0.11 * size[0]
+    frame = Framing(64, "center", 0, None).frame(size, "x")
+    whole, made = (frame.signal("depth", np.where(gone, 0, depth).astype(dtype)) for gone in (False, hole))
+    assert made.dtype == dtype
+    share = frame.apply(np.where(hole, 0, 1).astype(np.float32), "depth" if size == (64, 80) else "picture")
+    assert 0.02 < (made == 0).mean() < 0.1, "the hole is there"
+    kept = made > 0
+    assert np.allclose(made[kept], whole[kept], atol=1e-4), "and nothing else has changed"
+    assert kept[share > 0.6].all()
+    assert not kept[share < 0.4].any()
+
+
+def test_a_map_with_holes_is_scaled_by_what_was_measured(tmp_path):
+    depth = np.full((128, 128), 5, np.float32)
+    depth[40:61, 40:61] = np.nan
+    depth[0, 0] = 3
+    Image.fromarray(depth).save(tmp_path / "d.tif")
+    read = read_map("depth", tmp_path / "d.tif", "d")
+    for side in (48, 200):
+        made = Framing(side, "center", 0, None).frame((128, 128), "x").signal("depth", read)
+        assert set(np.unique(made[8:].round(4))) == {0, 5}
+    task = Depth("depth", "scene_probe", "auto", "distance")
+    assert set(np.unique(task.measured(made[8:]).round(4))) == {0, 0.5}, "a hole is not the nearest of all"
 
 
 @pytest.mark.parametrize("size", [(480, 640), (512, 512), (333, 250), (70, 67), (65, 64)])

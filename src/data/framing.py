@@ -21,6 +21,7 @@ Small = Literal["upscale", "drop", "refuse"]
 Aspect = Literal["crop", "refuse"]
 Size = tuple[int, int]  # height, width in pixels
 BUCKET_MULTIPLE = 8
+LEAST_MEASURED = 0.5 - 1e-4  # of a pixel of a depth map; the rest is rounding
 SAME_ASPECT = 0.01  # relative difference of two aspect ratios that counts as rounding
 
 
@@ -38,14 +39,8 @@ class Frame:
 
     def apply(self, values: np.ndarray, kind: str = "picture") -> np.ndarray:
         """(h, w) or (h, w, C) of any size with the image's aspect ratio -> (height, width[, C]); kind: see `FILTERS`."""
-        shrink, grow = FILTERS[kind]
-        height, width = self.scaled
         if values.shape[:2] != self.scaled:
-            smaller = height * width < values.shape[0] * values.shape[1]
-            chosen = shrink if smaller else grow
-            values = (
-                brightest(values, self.scaled) if chosen is None else cv2.resize(values, (width, height), None, 0, 0, chosen)
-            )
+            values = scaled(values, self.scaled, kind)
         cut = values[self.top : self.top + self.height, self.left : self.left + self.width]
         return np.ascontiguousarray(cut[:, ::-1] if self.flip else cut)
 
@@ -149,12 +144,36 @@ class Framing:
         return {"resolution": self.resolution, "crop": self.crop, "buckets": self.buckets, **drawn}
 
 
+def scaled(values: np.ndarray, size: Size, kind: str) -> np.ndarray:
+    """(h, w[, C]) -> `size`, of the same number type, by the rule of its kind."""
+    shrink, grow = FILTERS[kind]
+    chosen = shrink if size[0] * size[1] < values.shape[0] * values.shape[1] else grow
+    if chosen is None:
+        return brightest(values, size)
+    return measured(values, size, chosen) if kind == "depth" else _resize(values, size, chosen)
+
+
+def measured(values: np.ndarray, size: Size, chosen: int) -> np.ndarray:
+    """A depth map -> `size` by a filter of OpenCV. Of each pixel only what was measured counts, which is what is not 0; where
+    that is less than `LEAST_MEASURED` of it, it is 0 as well: a hole has neither a rim nor a say."""
+    known = values != 0
+    made = _resize(values.astype(np.float32), size, chosen)
+    if not known.all():
+        share = _resize(known.astype(np.float32), size, chosen)
+        made = np.where(share >= LEAST_MEASURED, made / np.maximum(share, LEAST_MEASURED), np.float32(0))
+    return made if values.dtype.kind == "f" else np.rint(made).astype(values.dtype)
+
+
 def brightest(values: np.ndarray, size: Size) -> np.ndarray:
     """(h, w[, C]) -> `size`: the largest value of each block. Every pixel is in one block, so a line of one pixel stays whole
     and gets no wider than a pixel. A side that grows by a pixel of rounding repeats some."""
     for axis, (have, want) in enumerate(zip(values.shape[:2], size, strict=True)):
         values = np.maximum.reduceat(values, np.arange(want) * have // want, axis=axis)
     return values
+
+
+def _resize(values: np.ndarray, size: Size, chosen: int) -> np.ndarray:
+    return cv2.resize(values, (size[1], size[0]), interpolation=chosen)
 
 
 def same_aspect(a: Size, b: Size) -> bool:

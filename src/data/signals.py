@@ -5,8 +5,9 @@ A signal's name decides its kind:
 - canny: edges, (height, width) or (height, width, 3) uint8; transparent pixels are black. When a map shrinks, each pixel takes
   the brightest of the block that it stands for, so that no line is lost; when it grows, the nearest pixel.
 - segmentation: labels, (height, width) uint8 or uint16 as they are written (a palette's indices), by the nearest pixel.
-- depth: (height, width) float32, the file's own values: 8- or 16-bit PNG, float or 16-bit TIFF, .npy; averaged when it
-  shrinks, linear when it grows. NaN becomes 0, no measurement; +inf, the sky, the map's largest finite value.
+- depth: (height, width), the file's own values: 8- or 16-bit PNG, float or 16-bit TIFF, .npy; averaged when it shrinks,
+  linear when it grows. 0 is no measurement, and NaN becomes 0; +inf, the sky, the map's largest finite value. A pixel is
+  averaged over what of it was measured, and 0 where that is less than half.
 - low_resolution, blurred: pictures, (height, width, 3) uint8, read as the image is; smaller ones keep their scale (`Frame`).
 - joints: (people, joints, 3) float32: column, row, and a third number that is kept as it is (confidence or visibility, 1
   where the file has none), from JSON or .npy; continuous pixel coordinates of the upright image, (0, 0) its upper left corner.

@@ -20,7 +20,7 @@ class Depth(Task):
 
     The condition is the sample's own depth where it has one, else the detector's. With the scene probe depth is in scene
     units on a fixed scale: 2.5 units and nearer white, 7.5 and farther black. With a model it is relative: inverse depth
-    between its 2nd and 98th percentile in this picture.
+    between its 2nd and 98th percentile in this picture. A distance that is not positive was not measured, and is black.
 
     depth_rmse, depth_mse: root mean square and mean square difference, over the pixels of one picture, of the detector on
     the output and the same detector on the image, both on the 0 to 1 scale of the map: times 255, or its square, for
@@ -54,7 +54,7 @@ class Depth(Task):
         if not self.detector.absolute:
             return relative_nearness(depth, self.signal_is)
         if self.signal_is == "distance" and depth.dtype.kind == "f":
-            return scene_nearness(depth)
+            return np.where(depth > 0, scene_nearness(depth), np.float32(0))
         raise UserError(
             f"task.detector=scene_probe reads depth as distances in scene units, not as {depth.dtype} of task.signal_is="
             f"{self.signal_is}: name a depth model in task.detector, or write task.signal_is=map for finished 8-bit maps"
