@@ -116,7 +116,7 @@ def test_a_folder_in_every_format_is_read(good):
     assert len({source.describe(i)[0] for i in range(len(source))}) == 56
     sample = source[0]
     assert sample.image.shape == (SIZE, SIZE, 3)
-    assert (sample.signals["depth"].shape, sample.signals["depth"].dtype) == ((SIZE, SIZE), np.float32)
+    assert (sample.signals["depth"].shape, sample.signals["depth"].dtype) == ((SIZE, SIZE), np.uint16)
     assert sample.signals["depth"].max() > 10_000  # not 255
     assert (sample.signals["canny"].shape, sample.signals["canny"].dtype) == ((SIZE, SIZE), np.uint8)
     assert set(np.unique(sample.signals["canny"])) <= {0, 255}
@@ -626,10 +626,10 @@ def test_depth_is_read_at_full_range_from_every_file():
     for i in range(3):
         raw, _ = depth_bytes(i)
         read = read_map("depth", raw, "d")
-        assert read.dtype == np.float32
+        assert read.dtype == (np.uint16 if i == 0 else np.float32)
         assert np.array_equal(read, depth_of(i))
     rgb = np.repeat((depth_of(0) / 100).astype(np.uint8)[..., None], 3, 2)
-    assert np.array_equal(read_map("depth", encoded(rgb, "PNG"), "d"), rgb[..., 0].astype(np.float32))
+    assert np.array_equal(read_map("depth", encoded(rgb, "PNG"), "d"), rgb[..., 0])
     holes = np.array([[np.nan, 1.0], [np.inf, 7.0]] * 2, np.float32).repeat(4, 1)
     stream = io.BytesIO()
     np.save(stream, holes)
@@ -654,6 +654,35 @@ def test_depth_is_read_at_full_range_from_every_file():
 def test_a_bad_map_is_named_with_a_fix(signal, raw, said):
     with pytest.raises(BadSample, match=rf"x: {said}"):
         read_map(signal, raw, "x")
+
+
+@pytest.mark.parametrize("side", [16, 32, 80])
+def test_a_finished_depth_map_is_the_same_picture_in_every_number_type(tmp_path, side):
+    task, ramp = Depth("depth", "scene_probe", "auto", "map"), np.linspace(0.02, 1, 32 * 32, dtype=np.float32).reshape(32, 32)
+    forms = {
+        "8.png": np.round(255 * ramp).astype(np.uint8),
+        "16.png": np.round(65535 * ramp).astype(np.uint16),
+        "16.tif": np.round(65535 * ramp).astype(np.uint16),
+        "1.tif": ramp,
+        "255.tif": 255 * ramp,
+    }
+    made = {}
+    for name, values in forms.items():
+        Image.fromarray(values).save(tmp_path / name)
+        read = Framing(side, "center", 0, None).frame((32, 32), name).signal("depth", read_map("depth", tmp_path / name, name))
+        made[name] = task.measured(read, name)
+        assert np.abs(made[name] - made["8.png"]).max() < 0.006, name
+    dark = np.full((8, 8), 200, np.uint16)
+    np.save(tmp_path / "dark.npy", dark.astype(">u2"))
+    read = read_map("depth", tmp_path / "dark.npy", "dark")
+    assert task.measured(read, "dark").max() == np.float32(200 / 65535), "the type decides, and no picture's own range"
+    for bad, said in (
+        (dark.astype(np.int32) * 9, r"float32 values of 1800\.\.1800"),
+        (ramp - 1, r"float32 values of -0\.98\.\.0"),
+    ):
+        np.save(tmp_path / "bad.npy", bad)
+        with pytest.raises(UserError, match=rf"^bad: its depth, read as a finished map, has {said}, neither .*; scale them to"):
+            task.measured(read_map("depth", tmp_path / "bad.npy", "bad"), "bad")
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.uint16])
@@ -683,7 +712,7 @@ def test_a_map_with_holes_is_scaled_by_what_was_measured(tmp_path):
         made = Framing(side, "center", 0, None).frame((128, 128), "x").signal("depth", read)
         assert set(np.unique(made[8:].round(4))) == {0, 5}
     task = Depth("depth", "scene_probe", "auto", "distance")
-    assert set(np.unique(task.measured(made[8:]).round(4))) == {0, 0.5}, "a hole is not the nearest of all"
+    assert set(np.unique(task.measured(made[8:], "d").round(4))) == {0, 0.5}, "a hole is not the nearest of all"
 
 
 @pytest.mark.parametrize("size", [(480, 640), (512, 512), (333, 250), (70, 67), (65, 64)])

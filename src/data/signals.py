@@ -5,9 +5,10 @@ A signal's name decides its kind:
 - canny: edges, (height, width) or (height, width, 3) uint8; transparent pixels are black. When a map shrinks, each pixel takes
   the brightest of the block that it stands for, so that no line is lost; when it grows, the nearest pixel.
 - segmentation: labels, (height, width) uint8 or uint16 as they are written (a palette's indices), by the nearest pixel.
-- depth: (height, width), the file's own values: 8- or 16-bit PNG, float or 16-bit TIFF, .npy; averaged when it shrinks,
-  linear when it grows. 0 is no measurement, and NaN becomes 0; +inf, the sky, the map's largest finite value. A pixel is
-  averaged over what of it was measured, and 0 where that is less than half.
+- depth: (height, width), the file's own values: 8- or 16-bit PNG, float or 16-bit TIFF, .npy; uint8 and uint16 stay so, since
+  the type says what a finished map's white is, all others are float32. Averaged when it shrinks, linear when it grows. 0 is
+  no measurement, and NaN becomes 0; +inf, the sky, the map's largest finite value. A pixel is averaged over what of it was
+  measured, and 0 where that is less than half.
 - low_resolution, blurred: pictures, (height, width, 3) uint8, read as the image is; smaller ones keep their scale (`Frame`).
 - joints: (people, joints, 3) float32: column, row, and a third number that is kept as it is (confidence or visibility, 1
   where the file has none), from JSON or .npy; continuous pixel coordinates of the upright image, (0, 0) its upper left corner.
@@ -149,6 +150,8 @@ def _as_depth(values: np.ndarray, name: str) -> np.ndarray:
         values = values[..., 0]
     if values.ndim != 2 or not np.issubdtype(values.dtype, np.number) or np.iscomplexobj(values):
         raise BadSample(name, f"{values.dtype} of shape {values.shape}, not a depth map", "write numbers of (height, width)")
+    if values.dtype.kind == "u" and values.dtype.itemsize <= 2:
+        return np.ascontiguousarray(values, values.dtype.newbyteorder("="))
     values = values.astype(np.float32)
     finite = np.isfinite(values)
     if not finite.any():

@@ -7,7 +7,7 @@ import numpy as np
 
 from src.tasks.base import Task
 from src.tasks.detectors import PROBE, Meaning, depth_detector
-from src.tasks.nearness import gray, relative_nearness, scene_nearness
+from src.tasks.nearness import gray, map_nearness, relative_nearness, scene_nearness
 from src.types import Sample, UserError
 
 
@@ -16,7 +16,7 @@ class Depth(Task):
 
     detector: `scene_probe`, or a depth model of transformers by hub id or folder; predicts: what the model's numbers mean,
     auto to go by its type. signal_is: what the numbers of a data set mean: distance from the camera in any unit; nearness
-    in any unit (inverse depth, disparity); or map, a finished picture of 0 to 255, near is white.
+    in any unit (inverse depth, disparity); or map, a finished picture, near is white, scaled as `map_nearness` says.
 
     The condition is the sample's own depth where it has one, else the detector's. With the scene probe depth is in scene
     units on a fixed scale: 2.5 units and nearer white, 7.5 and farther black. With a model it is relative: inverse depth
@@ -39,7 +39,9 @@ class Depth(Task):
 
     def make_condition(self, sample: Sample, generator: np.random.Generator) -> np.ndarray:
         given = self.given(sample)
-        nearness = self.detector.nearness(sample.image) if given is None else self.measured(gray(np.asarray(given), sample))
+        nearness = (
+            self.detector.nearness(sample.image) if given is None else self.measured(gray(np.asarray(given), sample), sample.id)
+        )
         return np.repeat(np.round(255 * nearness).astype(np.uint8)[..., None], 3, 2)
 
     def for_finished_maps(self) -> "Depth":
@@ -47,17 +49,17 @@ class Depth(Task):
         made.signal_is = "map"
         return made
 
-    def measured(self, depth: np.ndarray) -> np.ndarray:
-        """A data set's (H, W) depth of any number type -> (H, W) float32 in [0, 1], near is 1."""
+    def measured(self, depth: np.ndarray, name: str) -> np.ndarray:
+        """A data set's (H, W) depth of any number type -> (H, W) float32 in [0, 1], near is 1. name: how messages call it."""
         if self.signal_is == "map":
-            return (np.clip(np.nan_to_num(depth.astype(np.float64)), 0, 255) / 255).astype(np.float32)
+            return map_nearness(depth, name)
         if not self.detector.absolute:
             return relative_nearness(depth, self.signal_is)
         if self.signal_is == "distance" and depth.dtype.kind == "f":
             return np.where(depth > 0, scene_nearness(depth), np.float32(0))
         raise UserError(
             f"task.detector=scene_probe reads depth as distances in scene units, not as {depth.dtype} of task.signal_is="
-            f"{self.signal_is}: name a depth model in task.detector, or write task.signal_is=map for finished 8-bit maps"
+            f"{self.signal_is}: name a depth model in task.detector, or write task.signal_is=map for finished maps"
         )
 
     def score(self, output: np.ndarray, condition: np.ndarray, image: np.ndarray) -> dict[str, float]:

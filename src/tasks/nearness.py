@@ -12,6 +12,8 @@ from src.types import Sample, UserError
 DEPTH_NEAR, DEPTH_FAR = 2.5, 7.5  # scene units mapped to white and black
 PERCENTILES = (2, 98)  # of inverse depth, mapped to black and white: a few wild pixels do not decide a picture's scale
 
+ROUNDING = 1e-4  # of white: by how much a filter's sum may leave the range
+
 
 def scene_nearness(depth: np.ndarray) -> np.ndarray:
     """Depth of a scene in its units -> float32 in [0, 1]: 1 at 2.5 units and nearer, 0 at 7.5 and farther, linear between."""
@@ -41,6 +43,22 @@ def relative_nearness(depth: np.ndarray, meaning: Literal["distance", "nearness"
     if high <= low:
         return np.zeros(values.shape, np.float32)
     return np.where(known, np.clip((np.where(known, values, low) - low) / (high - low), 0, 1), 0).astype(np.float32)
+
+
+def map_nearness(values: np.ndarray, name: str) -> np.ndarray:
+    """(H, W) of a finished map -> float32 in [0, 1]. White is 255 for uint8 and 65535 for uint16; for all other types 1 where
+    no value is beyond it, else 255. NaN is black. Raises UserError, with `name`, for what is in none of these ranges."""
+    found = np.nan_to_num(values.astype(np.float64))
+    low, high = float(found.min()), float(found.max())
+    bits = values.dtype.itemsize * 8 if values.dtype.kind == "u" else 0
+    white = (1 << bits) - 1 if bits in (8, 16) else 1 if high <= 1 + ROUNDING else 255
+    if low < -ROUNDING * white or high > white * (1 + ROUNDING):
+        fault = (
+            f"has {values.dtype} values of {low:g}..{high:g}, neither 8 or 16 bits without a sign nor floats of 0..1 or 0..255"
+        )
+        fix = "scale them to one of these, or write task.signal_is=distance or nearness if that is what they are"
+        raise UserError(f"{name}: its depth, read as a finished map, {fault}; {fix}")
+    return (np.clip(found, 0, white) / white).astype(np.float32)
 
 
 def gray(values: np.ndarray, sample: Sample) -> np.ndarray:
