@@ -207,6 +207,52 @@ def test_the_depth_of_scenes_is_the_right_way_round():
     assert right["duplicates_among"] == "decoded samples"
 
 
+def test_a_finished_depth_map_is_judged_as_the_training_scales_it(folder, tmp_path):
+    ramp = np.linspace(0, 1, 80 * 72, dtype=np.float32).reshape(80, 72)
+    odd = {1: (200 * ramp).astype(np.uint16), 2: 3 * ramp - 1, 3: 900 * ramp, 4: np.full((80, 72), 9000, np.uint16)}
+
+    def draw(i: int) -> np.ndarray:
+        return odd[i] if i in odd else (ramp, (255 * ramp).astype(np.uint8), (65535 * ramp).astype(np.uint16))[i % 3]
+
+    sources = paired(folder, tmp_path, draw, "npy")
+    report = check_sources(sources, **{**PLAIN, "depth_is": "map"})
+    assert found(report, "twelve bits") == ["01.png"]
+    assert found(report, "unreadable") == ["02.png", "03.png"]
+    assert found(report, "flat condition") == ["04.png"]
+    assert len(report["problems"]) + len(report["hints"]) == 4
+    said = r"its depth, read as a finished map, has float32 values of -?[\d.]+\.\.[\d.]+, neither 8 or 16 bits"
+    assert all(re.match(said, f["reason"]) for f in report["problems"])
+    said = r"its depth map is nearly black: its 16-bit values stay at or below 1\d\d, and white is 65535"
+    assert any(re.match(said, f["reason"]) for f in report["hints"])
+    assert found(check_sources(sources, **PLAIN), "unreadable") == []
+
+
+@pytest.mark.parametrize("rules", [{}, {"flip": True, "crop": "random"}], ids=["plain", "flip"])
+def test_joints_in_shares_or_of_another_picture_are_hints(folder, tmp_path, rules):
+    maps = tmp_path / "joints"
+    maps.mkdir()
+    place = np.random.default_rng(0).uniform(0.1, 0.9, (2, 17, 2)) * (72, 80)  # columns, rows
+    for i in range(16):
+        joints = np.concatenate([place, np.full((2, 17, 1), 2)], 2)
+        if i == 1:
+            joints[..., :2] /= 72, 80
+        elif i == 2:
+            joints[..., :2] *= 8
+        elif i == 3:
+            joints[0, :, 0] -= 72  # one of two people: cut off by the edge
+        elif i == 4:
+            joints[:, 1:, 2] = 0
+            joints[:, 1:, :2] = -9
+        np.save(maps / f"{i:02d}.npy", joints)
+    report = check_sources(split(folder, signals={"joints": str(maps)}, **rules), **PLAIN)
+    assert {f["kind"] for f in (*report["problems"], *report["hints"])} == {"odd joints"}
+    told = {f["id"]: f for f in report["hints"] if "~" not in f["id"]}
+    assert sorted(told) == ["01.png", "02.png"]
+    assert re.search(r"within 0\.1\d*\.\.0\.8\d*, as shares of a side do", told["01.png"]["reason"])
+    assert told["01.png"]["fix"] == "multiply columns by 72 and rows by 80"
+    assert re.search(r"\d+ of its 34 visible joints lie outside of its 72 x 80 pixels, at columns", told["02.png"]["reason"])
+
+
 def test_the_sign_test_counts_throws_of_a_coin():
     assert sign_test(10, 10) == 1 / 1024
     assert sign_test(0, 7) == 1

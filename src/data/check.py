@@ -7,7 +7,9 @@ as a condition that is black all over. Conditions are those that come with the d
 - Flipped depth: in most photographs the ground in the lower third is nearer than what the upper third shows. If it is
   farther in so many of the decoded maps that a fair coin would do so with p < 0.001 (sign test), that is a hint.
 - Black all over, or one value all over: such a map tells an adapter nothing.
-- Twelve bits in sixteen: values that stay below 4096 of 65536 are those of a camera's raw, and the picture is nearly black.
+- Twelve bits in sixteen: values that stay below 4096 of 65536 are those of a camera's raw, and the picture is nearly black;
+  so is a finished depth map (depth_is=map), of which values that no rule can scale are a problem.
+- Odd joints: all coordinates of a picture are at most 1.5, as shares of a side, or most joints lie outside of it.
 """
 
 import hashlib
@@ -22,6 +24,7 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
 from src import rng
+from src.data.odd import BLACK, FLAT, odd_joints, odd_map
 from src.data.signals import SIGNALS
 from src.data.source import BadPair, BadSample, Probe, Source
 from src.data.tokens import token_counts
@@ -37,6 +40,7 @@ KINDS = {
     "flipped depth": False,
     "inverted edges": False,
     "black condition": False,
+    "odd joints": False,
     "flat condition": False,
     "flat picture": False,
     "twelve bits": False,
@@ -44,9 +48,6 @@ KINDS = {
 }
 CHUNK = 8  # samples that a worker decodes at a time
 TWELVE_BITS = 15  # the high byte of 4095
-BLACK, FLAT = 5, 3  # of 255: at most so bright, and at most so much between darkest and brightest
-NOTHING = "it tells an adapter nothing"
-WHITE_SHARE = 0.5
 LEAST_LEAN, SIGN_TEST_P = 0.01, 0.001  # of a map's range: smaller differences say nothing
 SIDES, COMMON = (0, 0.5, 1), 5  # quantiles of sizes, and how many of the commonest are listed
 
@@ -89,7 +90,7 @@ def check_sources(
                 _of(bad, _kind(bad, "unreadable" if probe.size is None else "caption"), split) for bad in probe.problems
             ]
         rows = drawn_rows(len(source), sample, seed, split)
-        looks = list(_look_at(source, rows, workers))
+        looks = list(_look_at(source, rows, workers, depth_is))
         known = {(f.id, f.reason) for f in findings}
         for row, look in zip(rows, looks, strict=True):
             found = [Finding(kind, split, *words) for kind, *words in look.findings]
@@ -132,8 +133,8 @@ class Look:
     conditions: dict[str, tuple[float, float]]
 
 
-def look(source: Source, row: int) -> Look:
-    """Decode one sample, and judge its picture and its maps."""
+def look(source: Source, row: int, depth_is: str) -> Look:
+    """Decode one sample, and judge its picture and its maps. depth_is: see `check_sources`."""
     try:
         sample = source[row]
     except BadSample as bad:
@@ -148,24 +149,12 @@ def look(source: Source, row: int) -> Look:
     for signal in source.signals:
         values = np.asarray(sample.signals[signal])
         if SIGNALS[signal] == "joints":
-            if not values.size or not (values[..., 2] > 0).any():
-                made.findings.append(("black condition", sample.id, "its joints show nobody", NOTHING))
+            made.findings += [(kind, sample.id, reason, fix) for kind, reason, fix in odd_joints(source, row, sample)]
             continue
         gray = values.mean(-1) if values.ndim == 3 else values.astype(np.float32)
         made.conditions[signal] = float((gray > 127).mean()), _lean(gray)
-        made.findings += [(kind, sample.id, reason, fix) for kind, reason, fix in _odd_map(signal, gray)]
+        made.findings += [(kind, sample.id, reason, fix) for kind, reason, fix in odd_map(signal, values, depth_is)]
     return made
-
-
-def _odd_map(signal: str, gray: np.ndarray) -> Iterator[tuple[str, str, str]]:
-    """(kind, reason, fix) for a map of (H, W) numbers that is hardly meant."""
-    numbers = SIGNALS[signal] in ("depth", "labels")  # and no brightness
-    if gray.max() <= (0 if numbers else BLACK):
-        yield "black condition", f"its {signal} map is black all over", NOTHING
-    elif SIGNALS[signal] == "edges" and (white := float((gray > 127).mean())) > WHITE_SHARE:
-        yield "inverted edges", f"its {signal} map is {white:.0%} white", "edges are white on black here; invert the files"
-    elif np.ptp(gray) <= (1e-6 * abs(float(gray.max())) if numbers else FLAT):
-        yield "flat condition", f"its {signal} map is one value all over", NOTHING
 
 
 def _lean(gray: np.ndarray) -> float:
@@ -180,18 +169,18 @@ def _lean(gray: np.ndarray) -> float:
 class _Looks(Dataset):
     """Chunks of rows -> their looks; a class of its own so that loader workers can do the work."""
 
-    def __init__(self, source: Source, rows: Sequence[int]):
-        self.source, self.chunks = source, [rows[i : i + CHUNK] for i in range(0, len(rows), CHUNK)]
+    def __init__(self, source: Source, rows: Sequence[int], depth_is: str):
+        self.source, self.depth_is, self.chunks = source, depth_is, [rows[i : i + CHUNK] for i in range(0, len(rows), CHUNK)]
 
     def __len__(self) -> int:
         return len(self.chunks)
 
     def __getitem__(self, i: int) -> list[Look]:
-        return [look(self.source, row) for row in self.chunks[i]]
+        return [look(self.source, row, self.depth_is) for row in self.chunks[i]]
 
 
-def _look_at(source: Source, rows: Sequence[int], workers: int) -> Iterator[Look]:
-    loader = DataLoader(_Looks(source, rows), batch_size=None, num_workers=workers if len(rows) > CHUNK else 0)
+def _look_at(source: Source, rows: Sequence[int], workers: int, depth_is: str) -> Iterator[Look]:
+    loader = DataLoader(_Looks(source, rows, depth_is), batch_size=None, num_workers=workers if len(rows) > CHUNK else 0)
     for chunk in loader:
         yield from chunk
 
