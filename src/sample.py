@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 from PIL import Image
 
 from src import build, rng
+from src.backbones.base import Backbone
 from src.callbacks.meter import peak_mem_gib
 from src.config import cli, resolve_hardware
 from src.data.folder import read_picture
@@ -53,6 +54,8 @@ def draw(cfg: DictConfig, trained: DictConfig, model: "build.Sampler", condition
     """-> (H, W, 3) uint8 and the seconds from noise to picture (weights were loaded before)."""
     device, adapter, backbone = model.adapter.device, model.adapter, model.backbone
     shown = condition_of(condition_file, model.task, trained, cfg.condition_is_image)
+    if line := cut_prompt(cfg.prompt, backbone, device):
+        print(line, flush=True)
     text = backbone.encode_text([cfg.prompt], device).to(device)
     empty = backbone.encode_text([""], device).to(device)
     side = trained.resolution // backbone.facts.factor
@@ -66,6 +69,15 @@ def draw(cfg: DictConfig, trained: DictConfig, model: "build.Sampler", condition
     )
     picture = to_bytes(model.codec.decode(latent))[0]
     return picture, time.perf_counter() - began
+
+
+def cut_prompt(prompt: str, backbone: Backbone, device: torch.device) -> str | None:
+    """A line if a tokenizer cuts the prompt: how many of its tokens, with the marks of beginning and end, are read."""
+    counts = {name: (limit, has) for name, (limit, (has,)) in backbone.text_lengths([prompt], device).items() if has > limit}
+    if not counts:
+        return None
+    read = ", ".join(f"{limit} of its {has} tokens are read by the {name}" for name, (limit, has) in counts.items())
+    return f"prompt: {read} of {backbone.facts.source}, the rest is cut"
 
 
 def condition_of(file: Path, task: Task, trained: DictConfig, is_image: bool) -> np.ndarray:

@@ -256,8 +256,15 @@ def test_metrics_refuse_what_cannot_be_compared(metric):
     for other in (np.zeros((32, 31, 3), np.uint8), np.zeros((32, 32, 3), np.float32)):
         with pytest.raises(ValueError, match="uint8 pictures of one shape"):
             metric(other, image)
-    with pytest.raises(ValueError, match="at least 11 pixels"):
-        ssim(image[:10], image[:10])
+
+
+@pytest.mark.parametrize(("metric", "least"), [(ssim, 11), (LPIPS.__new__(LPIPS), 32)], ids=["ssim", "lpips"])
+def test_pictures_too_small_for_a_metric_are_refused_in_one_line(metric, least):
+    image = np.zeros((40, least - 1, 3), np.uint8)
+    said = rf"at least {least} pixels on a side, these are {least - 1} x 40; write resolution={least} or more"
+    with pytest.raises(UserError, match=said) as caught:
+        metric(image, image)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.fixture(scope="module")

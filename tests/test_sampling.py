@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 
+from src import sample
 from src.config import load
 from src.construct import construct
 from src.data.folder import FolderSource
 from src.objectives import FlowMatching
-from src.sample import condition_of
+from src.sample import condition_of, cut_prompt
 from src.sampling import OWN, SOLVERS, Batches, denoise, is_out_of_memory, solver_for
 from src.types import Sample, TextCond, UserError
 from tests.bad_files import encoded, photo
@@ -126,16 +127,16 @@ def shown_by(tmp_path, name: str, raw: bytes, words: tuple[str, ...] = (), is_im
 
 
 @pytest.mark.parametrize(
-    ("task", "signal", "name"),
+    ("task", "signal", "name", "more"),
     [
-        ("canny", "canny", "0.png"),
-        ("depth", "depth", "0.png"),
-        ("depth", "depth", "0.npy"),
-        ("pose", "joints", "0.json"),
-        ("super_resolution", "low_resolution", "0.png"),
+        ("canny", "canny", "0.png", ()),
+        ("depth", "depth", "0.png", ("task.signal_is=map",)),
+        ("depth", "depth", "0.npy", ()),
+        ("pose", "joints", "0.json", ()),
+        ("super_resolution", "low_resolution", "0.png", ()),
     ],
 )
-def test_a_map_is_read_as_in_training(tmp_path, task, signal, name):
+def test_a_map_is_read_as_in_training(tmp_path, task, signal, name, more):
     """A clear half for edges and partners, 16 bits for depth: one condition, whether a run reads it or `src.sample`."""
     pixels = photo(0, 64, 64)
     clear = np.dstack([pixels, np.where(np.arange(64) < 32, 255, 0).astype(np.uint8) * np.ones((64, 1), np.uint8)])
@@ -145,7 +146,7 @@ def test_a_map_is_read_as_in_training(tmp_path, task, signal, name):
     people = [[[x, 3 * x % 64, 1] for x in range(4, 46, 3)]]
     raw = {
         "canny": encoded(clear, "PNG"),
-        "depth": held.getvalue() if name.endswith("npy") else encoded(deep, "PNG"),
+        "depth": held.getvalue() if name.endswith("npy") else encoded((deep - deep.min()) * 20000, "PNG"),
         "joints": json.dumps({"joints": people}).encode(),
         "low_resolution": encoded(clear[::4, ::4], "PNG"),
     }[signal]
@@ -156,7 +157,7 @@ def test_a_map_is_read_as_in_training(tmp_path, task, signal, name):
         (tmp_path / "images" / f"{i}.txt").write_text("a picture")
         (tmp_path / signal / f"{i}{name[1:]}").write_bytes(raw)
     source = FolderSource("folder", str(tmp_path / "images"), 1, "train", 64, signals={signal: str(tmp_path / signal)})
-    shown, made = shown_by(tmp_path, name, raw, (f"task={task}",))
+    shown, made = shown_by(tmp_path, name, raw, (f"task={task}", *more))
     assert np.array_equal(shown, made.condition_of(source[0], 0))
     assert np.ptp(shown) > 100
 
@@ -185,3 +186,26 @@ def test_what_is_no_condition_is_refused_or_told(tmp_path, capsys):
         shown_by(tmp_path, "a.json", far, ("task=pose",), is_image=True)
     shown_by(tmp_path, "mm.png", encoded(np.full((64, 64), 5000, np.uint16), "PNG"), ("task=depth",))
     assert "its condition is 0 of 255 all over" in capsys.readouterr().out
+
+
+def test_a_prompt_that_is_cut_is_told_in_one_line(sd21_tiny, monkeypatch, capsys):
+    cpu = torch.device("cpu")
+    assert cut_prompt("a large red ball", sd21_tiny, cpu) is None
+    long = "a large red ball " * 30
+    ((limit, (has,)),) = sd21_tiny.text_lengths([long], cpu).values()
+    assert has > limit
+    line = f"prompt: {limit} of its {has} tokens are read by the tokenizer of {sd21_tiny.facts.source}, the rest is cut"
+    assert cut_prompt(long, sd21_tiny, cpu) == line
+
+    class Stop(Exception):
+        pass
+
+    def stop(*_):
+        raise Stop
+
+    monkeypatch.setattr(sample, "condition_of", lambda *_: np.zeros((64, 64, 3), np.uint8))
+    monkeypatch.setattr(sd21_tiny, "encode_text", stop, raising=False)
+    model = SimpleNamespace(adapter=SimpleNamespace(device=cpu), backbone=sd21_tiny, task=None)
+    with pytest.raises(Stop):
+        sample.draw(SimpleNamespace(prompt=long, condition_is_image=False), None, model, None)
+    assert capsys.readouterr().out.splitlines() == [line]

@@ -57,10 +57,9 @@ class Depth(Task):
             return relative_nearness(depth, self.signal_is)
         if self.signal_is == "distance" and depth.dtype.kind == "f":
             return np.where(depth > 0, scene_nearness(depth), np.float32(0))
-        raise UserError(
-            f"task.detector=scene_probe reads depth as distances in scene units, not as {depth.dtype} of task.signal_is="
-            f"{self.signal_is}: name a depth model in task.detector, or write task.signal_is=map for finished maps"
-        )
+        fault = f"task.detector=scene_probe reads depth as distances in scene units, and this is {depth.dtype}"
+        fix = "name a depth model in task.detector, or write task.signal_is=map for finished maps"
+        raise UserError(f"{name}: {fault} with task.signal_is={self.signal_is}; {fix}")
 
     def score(self, output: np.ndarray, condition: np.ndarray, image: np.ndarray) -> dict[str, float]:
         if output.shape != image.shape:

@@ -11,6 +11,7 @@ from src.types import UserError
 
 PSNR_CAP_DB = 100.0
 SSIM_WINDOW_PX = 11
+LPIPS_LEAST_PX = 32  # AlexNet's last layers see nothing of smaller ones
 ALEXNET_FILE = "alexnet-owt-7be5be79.pth"  # torchvision's ImageNet weights, of which LPIPS reads the convolutions
 
 
@@ -28,11 +29,11 @@ def ssim(output: np.ndarray, image: np.ndarray) -> float:
     """Mean structural similarity of two uint8 pictures, (H, W) or (H, W, C); channels are compared one by one and averaged.
 
     Wang et al. 2004, Eq. 13, with its constants: an 11-pixel Gaussian window of sigma 1.5, K1 = 0.01, K2 = 0.03, only
-    windows that lie inside the picture. RGB and not luma, so that a wrong colour of the right brightness counts.
+    windows that lie inside the picture. RGB and not luma, so that a wrong colour of the right brightness counts. Raises
+    UserError for pictures smaller than the window.
     """
     _same(output, image)
-    if min(output.shape[:2]) < SSIM_WINDOW_PX:
-        raise ValueError(f"ssim wants pictures of at least {SSIM_WINDOW_PX} pixels, got {output.shape}")
+    _large_enough("ssim", SSIM_WINDOW_PX, output)
     a, b = output.astype(np.float64), image.astype(np.float64)
     edge = SSIM_WINDOW_PX // 2
 
@@ -75,10 +76,11 @@ class LPIPS:
         return f"AlexNet from {self.file.name}, sha256 {hashlib.sha256(self.file.read_bytes()).hexdigest()[:8]}"
 
     def __call__(self, output: np.ndarray, image: np.ndarray) -> float:
-        """Distance of two (H, W, 3) uint8 pictures of at least 32 pixels."""
+        """Distance of two (H, W, 3) uint8 pictures. Raises UserError for fewer than `LPIPS_LEAST_PX` on a side."""
         import torch
 
         _same(output, image)
+        _large_enough("lpips", LPIPS_LEAST_PX, output)
         pair = torch.from_numpy(np.stack([output, image])).movedim(-1, 1).float() / 255
         with torch.no_grad():
             return float(self.net(pair[:1], pair[1:], normalize=True))
@@ -113,3 +115,10 @@ def _read_state(file: Path) -> dict[str, Any]:
 def _same(a: np.ndarray, b: np.ndarray) -> None:
     if a.shape != b.shape or a.dtype != np.uint8 or b.dtype != np.uint8:
         raise ValueError(f"two uint8 pictures of one shape are compared, got {a.shape} {a.dtype} and {b.shape} {b.dtype}")
+
+
+def _large_enough(metric: str, least_px: int, picture: np.ndarray) -> None:
+    height, width = picture.shape[:2]
+    if min(height, width) < least_px:
+        fix = f"write resolution={least_px} or more, or leave the metric out"
+        raise UserError(f"{metric} wants pictures of at least {least_px} pixels on a side, these are {width} x {height}; {fix}")
