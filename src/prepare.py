@@ -85,11 +85,15 @@ def check(cfg: DictConfig) -> None:
     """
     from src.data.check import check_sources
     from src.data.check_words import lines
+    from src.world import check_seen
 
     began = time.perf_counter()
     data = OmegaConf.merge(cfg.data, {key: value for key, value in COUNTED.items() if key in cfg.data})
     with faults_kept() as faults:
         sources = {split: construct(data, split=split, resolution=cfg.resolution) for split in ("train", "val")}
+    task = construct(cfg.task) if cfg.task else None
+    if task is not None:
+        check_seen(task, sources["train"])
     report = check_sources(
         sources,
         sample=None if cfg.full else cfg.sample,
@@ -98,6 +102,7 @@ def check(cfg: DictConfig) -> None:
         tokenizer=cfg.tokenizer,
         depth_is=cfg.depth_is,
         faults=faults,
+        task=task,
     )
     report["seconds"] = round(time.perf_counter() - began, 2)
     report["data"] = OmegaConf.to_container(cfg.data, resolve=True)

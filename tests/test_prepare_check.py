@@ -11,6 +11,7 @@ from PIL import Image
 from src import prepare
 from src.backbones.source import EMBEDDED_ROOT
 from src.config import load
+from src.construct import construct
 from src.data import picture
 from src.data.check import check_sources, drawn_rows, sign_test
 from src.data.folder import FolderSource
@@ -251,6 +252,41 @@ def test_joints_in_shares_or_of_another_picture_are_hints(folder, tmp_path, rule
     assert re.search(r"within 0\.1\d*\.\.0\.8\d*, as shares of a side do", told["01.png"]["reason"])
     assert told["01.png"]["fix"] == "multiply columns by 72 and rows by 80"
     assert re.search(r"\d+ of its 34 visible joints lie outside of its 72 x 80 pixels, at columns", told["02.png"]["reason"])
+
+
+def test_conditions_that_the_task_makes_are_judged(folder, tmp_path, capsys):
+    plain = np.tile(np.linspace(60, 200, 72), (80, 1)).astype(np.uint8)  # a picture without one edge
+    Image.fromarray(np.repeat(plain[..., None], 3, 2)).save(folder / "01.png")
+    square = np.full((80, 72, 3), 90, np.uint8)
+    square[30:50, 30:50] = 200
+    for i in (0, *range(2, 12)):
+        square[0, 0] = i
+        Image.fromarray(square).save(folder / f"{i:02d}.png")
+    report = check_sources(split(folder), **PLAIN)
+    assert report["hints"] == []
+    task = construct(load("train", ["task=canny"]).task)
+    report = check_sources(split(folder), **{**PLAIN, "workers": 2}, task=task)
+    assert found(report, "black condition") == ["01.png"]
+    assert "its condition of task=canny is black all over" in [f["reason"] for f in report["hints"]]
+    prepare.check(load("prepare_check", words(folder, tmp_path / "runs", "task=canny")))
+    assert "hint: black condition: train: 01.png: its condition of task=canny is black all over" in capsys.readouterr().out
+    with pytest.raises(UserError, match="knows the project's rendered scenes and no photos"):
+        prepare.check(load("prepare_check", words(folder, tmp_path / "runs", "task=depth")))
+
+
+def test_a_map_from_which_the_task_makes_nothing_is_a_problem(folder, tmp_path):
+    maps = tmp_path / "joints"
+    maps.mkdir()
+    for i in range(16):
+        np.save(maps / f"{i:02d}.npy", np.random.default_rng(0).uniform(9, 60, (1, 17, 2)))
+    sources = split(folder, signals={"joints": str(maps)})
+    wrong, right = (construct(load("train", ["task=pose", f"task.layout={x}"]).task) for x in ("scene14", "coco17"))
+    report = check_sources(sources, **PLAIN, task=wrong)
+    assert len(found(report, "unreadable")) == 16
+    first = report["problems"][0]
+    assert first["reason"].startswith("joints of the layout scene14 are")
+    assert first["fix"] == "write task.layout=coco17"
+    assert check_sources(sources, **PLAIN, task=right)["problems"] == []
 
 
 def test_the_sign_test_counts_throws_of_a_coin():

@@ -206,6 +206,7 @@ class CheckConfig:
     output_dir: str = MISSING
     name: str = MISSING
     data: dict[str, Any] = field(default=MISSING, metadata=NODE)
+    task: dict[str, Any] | None = field(default=MISSING, metadata=NODE)
 
 
 @dataclass

@@ -1,7 +1,8 @@
 """What is wrong with a data set, in seconds: headers and captions of all samples, and a drawn sample of them decoded.
 
 A problem is a sample that a training would lose, misread or score itself on; a hint is something that is rarely meant, such
-as a condition that is black all over. Conditions are those that come with the data, its signals:
+as a condition that is black all over. Conditions are those that come with the data, its signals, and with a task those that
+it makes:
 
 - Inverted edges: more than half of a map is white. Edges of photographs cover a tenth of a picture or so.
 - Flipped depth: in most photographs the ground in the lower third is nearer than what the upper third shows. If it is
@@ -24,10 +25,11 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
 from src import rng
-from src.data.odd import BLACK, FLAT, odd_joints, odd_map
+from src.data.odd import BLACK, FLAT, odd_condition, odd_joints, odd_map
 from src.data.signals import SIGNALS
 from src.data.source import BadPair, BadSample, Probe, Source
 from src.data.tokens import token_counts
+from src.tasks.base import Task
 from src.types import UserError
 
 # kind of finding -> whether it is a problem; the worst first
@@ -46,6 +48,7 @@ KINDS = {
     "twelve bits": False,
     "twice": False,
 }
+CONDITION_KINDS = ("inverted edges", "black condition", "odd joints", "flat condition")  # and then the task's says no more
 CHUNK = 8  # samples that a worker decodes at a time
 TWELVE_BITS = 15  # the high byte of 4095
 LEAST_LEAN, SIGN_TEST_P = 0.01, 0.001  # of a map's range: smaller differences say nothing
@@ -74,12 +77,14 @@ def check_sources(
     tokenizer: str | None,
     depth_is: str,
     faults: Sequence[UserError] = (),
+    task: Task | None = None,
 ) -> dict[str, Any]:
     """Look at every split of a data set -> what report.json holds.
 
     sample: how many samples of each split are decoded (None: all), drawn by (seed, split); workers: processes that decode;
     tokenizer: see `token_counts`; depth_is: what the numbers of a depth signal mean, `distance`, or `nearness` or `map`;
-    faults: what is wrong with the set as a whole, for which a training would refuse it.
+    faults: what is wrong with the set as a whole, for which a training would refuse it; task: its condition
+    of each decoded sample is judged, too.
     """
     report: dict[str, Any] = {"splits": {}}
     findings, pixels = [_of_whole(fault) for fault in faults], defaultdict(list)
@@ -90,7 +95,7 @@ def check_sources(
                 _of(bad, _kind(bad, "unreadable" if probe.size is None else "caption"), split) for bad in probe.problems
             ]
         rows = drawn_rows(len(source), sample, seed, split)
-        looks = list(_look_at(source, rows, workers, depth_is))
+        looks = list(_look_at(_Looks(source, rows, depth_is, task, seed), workers))
         known = {(f.id, f.reason) for f in findings}
         for row, look in zip(rows, looks, strict=True):
             found = [Finding(kind, split, *words) for kind, *words in look.findings]
@@ -133,8 +138,8 @@ class Look:
     conditions: dict[str, tuple[float, float]]
 
 
-def look(source: Source, row: int, depth_is: str) -> Look:
-    """Decode one sample, and judge its picture and its maps. depth_is: see `check_sources`."""
+def look(source: Source, row: int, depth_is: str, task: Task | None, seed: int) -> Look:
+    """Decode one sample, and judge its picture, its maps and its condition. depth_is, task, seed: see `check_sources`."""
     try:
         sample = source[row]
     except BadSample as bad:
@@ -154,6 +159,8 @@ def look(source: Source, row: int, depth_is: str) -> Look:
         gray = values.mean(-1) if values.ndim == 3 else values.astype(np.float32)
         made.conditions[signal] = float((gray > 127).mean()), _lean(gray)
         made.findings += [(kind, sample.id, reason, fix) for kind, reason, fix in odd_map(signal, values, depth_is)]
+    if task is not None and not any(kind in CONDITION_KINDS for kind, *_ in made.findings):
+        made.findings += [(kind, sample.id, reason, fix) for kind, reason, fix in odd_condition(task, sample, seed)]
     return made
 
 
@@ -169,19 +176,18 @@ def _lean(gray: np.ndarray) -> float:
 class _Looks(Dataset):
     """Chunks of rows -> their looks; a class of its own so that loader workers can do the work."""
 
-    def __init__(self, source: Source, rows: Sequence[int], depth_is: str):
-        self.source, self.depth_is, self.chunks = source, depth_is, [rows[i : i + CHUNK] for i in range(0, len(rows), CHUNK)]
+    def __init__(self, source: Source, rows: Sequence[int], *judged_by: Any):
+        self.source, self.judged_by, self.chunks = source, judged_by, [rows[i : i + CHUNK] for i in range(0, len(rows), CHUNK)]
 
     def __len__(self) -> int:
         return len(self.chunks)
 
     def __getitem__(self, i: int) -> list[Look]:
-        return [look(self.source, row, self.depth_is) for row in self.chunks[i]]
+        return [look(self.source, row, *self.judged_by) for row in self.chunks[i]]
 
 
-def _look_at(source: Source, rows: Sequence[int], workers: int, depth_is: str) -> Iterator[Look]:
-    loader = DataLoader(_Looks(source, rows, depth_is), batch_size=None, num_workers=workers if len(rows) > CHUNK else 0)
-    for chunk in loader:
+def _look_at(looks: _Looks, workers: int) -> Iterator[Look]:
+    for chunk in DataLoader(looks, batch_size=None, num_workers=workers if len(looks) > 1 else 0):
         yield from chunk
 
 

@@ -1,4 +1,4 @@
-"""What is hardly meant about one map or one list of joints: the hints of `src.data.check`, each (kind, reason, fix)."""
+"""What is hardly meant about one map or one list of joints: the findings of `src.data.check`, each (kind, reason, fix)."""
 
 from collections.abc import Iterator
 
@@ -7,6 +7,7 @@ import numpy as np
 from src.data.records import Records
 from src.data.signals import SIGNALS, read_joints
 from src.data.source import Source
+from src.tasks.base import Task
 from src.tasks.nearness import map_nearness
 from src.types import Sample, UserError
 
@@ -40,6 +41,17 @@ def odd_picture(what: str, gray: np.ndarray, black: float = BLACK, flat: float =
         yield "black condition", f"{what} is black all over", NOTHING
     elif np.ptp(gray) <= flat:
         yield "flat condition", f"{what} is one value all over", NOTHING
+
+
+def odd_condition(task: Task, sample: Sample, seed: int) -> Iterator[Odd]:
+    """For the condition that a training would show of a sample, made of a map of the data or of the picture."""
+    try:
+        shown = task.condition_of(sample, seed)
+    except UserError as error:
+        reason, _, fix = str(error).removeprefix(f"{sample.id}: ").rpartition("; ")
+        yield "unreadable", reason or fix, fix if reason else "give a map that the task can read"
+        return
+    yield from odd_picture(f"its condition of task={task.name}", shown.mean(-1))
 
 
 def _odd_depth_map(values: np.ndarray, what: str) -> Iterator[Odd]:
