@@ -127,12 +127,13 @@ def cache(cfg: DictConfig) -> None:
 
 
 def shards(cfg: DictConfig) -> None:
-    """A source as WebDataset shards: of both splits, the held-out samples last, or of one."""
+    """A source as WebDataset shards: of both splits, the held-out samples last, or of one. With `data.on_bad_sample=skip` bad
+    samples are left out."""
     from src.data.write_shards import reading_words, write_shards
 
     splits = ("train", "val") if cfg.split == "all" else (cfg.split,)
     made, out = [construct(cfg.data, split=split, resolution=cfg.resolution) for split in splits], Path(cfg.out)
-    sources = [tolerant(source, out, cfg.workers, say) for source in made]
+    sources = [tolerant(source, out, cfg.workers, say, leave_out=True) for source in made]
     index = write_shards(sources, out, cfg.shard_mib, cfg.picture, cfg.engine, cfg.workers, say)
     say(f"to read them: {reading_words(index, out, len(sources[-1]))}")
 

@@ -248,3 +248,39 @@ def test_the_verb_writes_both_splits_and_says_how_to_read_them(tmp_path, capsys)
     assert dict(cfg.data.signals) == {name: suffix_of(name) for name in ("depth", "joints", "segmentation")}
     prepare.shards(load("prepare_shards", words))
     assert "all there before" in capsys.readouterr().out
+
+
+def test_the_verb_leaves_bad_samples_out_and_what_it_wrote_is_read(tmp_path, capsys):
+    """A second copy of a good one would be an id that stands twice, which no training reads."""
+    pictures, out = tmp_path / "pictures", tmp_path / "out"
+    pictures.mkdir()
+    for i in range(12):
+        noise = np.random.default_rng(i).integers(0, 256, (48, 48, 3), np.uint8)
+        Image.fromarray(noise).save(pictures / f"{i:02d}.png")
+        (pictures / f"{i:02d}.txt").write_text(f"picture {i}")
+    for i in (2, 3, 9):  # the last four are held out
+        file = pictures / f"{i:02d}.png"
+        file.write_bytes(file.read_bytes()[:-300])
+    words = ["data=folder", f"data.path={pictures}", "data.val_images=4", "resolution=32", "workers=0", f"out={out}"]
+    words += ["data.on_bad_sample=skip", "data.max_bad_share=0.5"]
+    cfg = load("prepare_shards", words)
+    cfg.shard_mib = 0.02
+    prepare.shards(cfg)
+    printed = capsys.readouterr().out
+    assert "2 of 8 samples of folder are bad and left out, and 6 stay" in printed
+    assert "9 samples in" in printed
+    assert f"to read them: data=shards data.path={out} data.val_images=3" in printed
+    train, val = (ShardSource("shards", str(out), 3, split, 32) for split in ("train", "val"))
+    assert [train.describe(i)[0] for i in range(len(train))] == [f"{i:02d}.png" for i in (0, 1, 4, 5, 6, 7)]
+    assert [val.describe(i) for i in range(len(val))] == [(f"{i:02d}.png", f"picture {i}") for i in (8, 10, 11)]
+    assert np.array_equal(train[2].image, FolderSource("folder", str(pictures), 4, "train", 32, on_bad_sample="skip")[4].image)
+    listed = [json.loads(line) for file in out.glob("skipped-*.jsonl") for line in file.read_text().splitlines()]
+    assert sorted((s["id"], s["replaced_by"]) for s in listed) == [("02.png", None), ("03.png", None), ("09.png", None)]
+    before = content(out)
+    assert len([name for name in before if name.endswith(".tar")]) > 2
+    for name in ("index.json", "00001.tar"):  # as after a kill
+        (out / name).unlink()
+    prepare.shards(cfg)
+    assert {n: b for n, b in content(out).items() if not n.endswith(".tar.index.json")} == {
+        n: b for n, b in before.items() if not n.endswith(".tar.index.json")
+    }
