@@ -211,8 +211,9 @@ def run_context(
     batch, loads = cfg.budget.effective_batch, AheadData if cfg.hardware.get("overlap") else ControlData
     train = train_stream(cfg, world, with_condition, features)
     val = ImageStream(world.val, cfg.validation.seed, 0.0, with_condition, stream="val")
-    total = total_images(cfg)
-    data = loads(train, val, total, cfg.hardware.micro_batch, cfg.hardware.workers, cfg.validation.final_images)
+    total, held = total_images(cfg), len(world.held.images)  # held: fewer than asked for where bad ones are left out
+    counts = {key: min(cfg.validation[key], held) for key in ("images", "final_images")}
+    data = loads(train, val, total, cfg.hardware.micro_batch, cfg.hardware.workers, counts["final_images"])
     data.rank, data.ranks, data.step = ranks.rank, ranks.count, batch
     return RunContext(
         root=root,
@@ -223,7 +224,7 @@ def run_context(
         with_condition=with_condition,
         data=data,
         held=world.held,
-        validation=dict(cfg.validation),
+        validation={**cfg.validation, **counts},
         ema_decay=cfg.ema_decay,
         meta=identity(cfg, world) | {"with_condition": with_condition},
         loggers=loggers,

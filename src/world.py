@@ -145,7 +145,7 @@ def conditions_key(cfg: DictConfig) -> str:
 
 def held_out(cfg: DictConfig, made: Plan, stores: Stores, codec: Codec) -> HeldOut:
     """The held-out images with their conditions, and how pictures are drawn for them."""
-    samples = [made.val_source[i] for i in range(cfg.validation.final_images)]
+    samples = [made.val_source[i] for i in range(min(cfg.validation.final_images, len(made.val_source)))]
     conditions = [made.task.condition_of(s, cfg.seed) for s in samples]
     return HeldOut(
         stores=stores,
@@ -161,15 +161,17 @@ def held_out(cfg: DictConfig, made: Plan, stores: Stores, codec: Codec) -> HeldO
 
 
 def cached(cfg: DictConfig, made: Plan, codec: Codec) -> list[Stores]:
-    """The caches of both splits, filled. Bad samples are replaced in `made`'s sources first, where the data says so."""
+    """The caches of both splits, filled, of `made`'s sources as `watched` makes them."""
     made.train_source, made.val_source = watched(cfg, made, [made.task])
     return filled(cfg, made, codec)
 
 
 def watched(cfg: DictConfig, made: Plan, tasks: Sequence[Task]) -> list[Source]:
-    """Both sources, with bad samples replaced where the data says so. tasks: all that will make conditions of them."""
+    """Both sources, where the data says so with bad training samples replaced and bad held-out ones left out: a score would
+    count a second copy twice. tasks: all that will make conditions of them."""
     folder, workers = Path(cfg.cache_dir), cfg.hardware.workers
-    return [tolerant(s, folder, workers, _say, tasks) for s in (made.train_source, made.val_source)]
+    both = ((made.train_source, False), (made.val_source, True))
+    return [tolerant(source, folder, workers, _say, tasks, leave_out) for source, leave_out in both]
 
 
 def filled(cfg: DictConfig, made: Plan, codec: Codec) -> list[Stores]:

@@ -245,6 +245,30 @@ def test_a_file_without_permission_is_skipped_until_it_is_given(tmp_path):
     assert tolerant(source, tmp_path, say=lambda _: None).replaced == {}
 
 
+def test_a_bad_held_out_image_is_left_out_of_training_scores(tmp_path, cache_dir, capsys):
+    """A second copy of its neighbour would count twice in n, and stand for another image's condition."""
+    images = small(tmp_path, 12) / "images"
+    for name in ("3.png", "8.png"):  # in the order of names 8 and 9 are held out, behind 7
+        (images / name).write_bytes((images / name).read_bytes()[:-200])
+    more = ["data.on_bad_sample=skip", "data.max_bad_share=0.5", "data.val_images=3", "validation.final_images=3"]
+    typed = training(tmp_path, f"cache_dir={cache_dir}", "budget.effective_batch=8", "hardware.micro_batch=8", *more)
+    folder = train(load("train", typed), typed)
+    said = capsys.readouterr().out
+    assert "1 of 9 samples of folder are bad and replaced" in said
+    assert "1 of 3 samples of folder are bad and left out, and 2 stay" in said
+    outcome = json.loads((folder / "outcome.json").read_text())
+    assert outcome["ids"] == ["7.png", "9.png"]
+    assert {len(values) for values in outcome["scores"].values()} == {2}
+    assert read_results(folder / "results.json").metrics["val_loss"]["n"] == 2
+    made = build.plan(cfg := resolve_hardware(load("train", typed)))
+    whole = made.val_source.pictures_fingerprint()
+    _, val = watched(cfg, made, [made.task])
+    assert val.pictures_fingerprint().startswith(f"{whole}-without1-")  # the key of its caches
+    assert [val.describe(i)[0] for i in range(len(val))] == ["7.png", "9.png"]
+    with pytest.raises(IndexError):
+        val[2]
+
+
 def test_fewer_images_than_a_step_takes_is_told(tmp_path, capsys):
     """Row 17."""
     small(tmp_path)

@@ -451,17 +451,24 @@ def test_photos_are_refused_for_the_scene_probe(task, signal, posed, capsys):
     assert "photos" not in capsys.readouterr().out
 
 
-def test_a_map_that_the_task_cannot_read_is_replaced_or_ends_an_evaluation(posed, tmp_path, capsys):
+def test_a_map_that_the_task_cannot_read_is_left_out_or_ends_an_evaluation(posed, tmp_path, capsys):
     words = [*posed, "task=pose", "task.layout=coco17", "data.max_bad_share=0.5"]
     words += [f"data.signals={{joints: {tmp_path / 'joints'}}}"]
     cfg = resolve_hardware(load("evaluate", [*words, "data.on_bad_sample=skip"]))
     task, said = build.construct(cfg.task), []
     made = plan_set(cfg, task, False, 64, said.append)
     assert "the scores pose_oks_map and pose_pck mean nothing" in capsys.readouterr().out
-    assert [made.source.describe(row)[0] for row in range(4)] == ["4.png", "6.png", "6.png", "7.png"]
-    assert any("1 of 4 samples of folder are bad and replaced" in line for line in said)
+    assert [made.source.describe(row)[0] for row in range(len(made))] == ["4.png", "6.png", "7.png"]  # none counts twice
+    assert any("1 of 4 samples of folder are bad and left out, and 3 stay" in line for line in said)
+    assert "evaluation_set=folder: n=3, where 4 were asked for: bad samples are left out" in said
     opened = open_set(made, task, tmp_path / "set", said.append)
-    assert len(opened.conditions) == 4
+    assert len(opened.conditions) == 3
+    cfg.n = 2
+    assert [plan_set(cfg, task, False, 64, said.append).source.describe(row)[0] for row in range(2)] == ["4.png", "6.png"]
+    cfg.n = None
+    cfg.data.max_bad_share = 0.1
+    with pytest.raises(UserError, match=r"1 of 4 samples are bad, more than data\.max_bad_share=0\.1"):
+        plan_set(cfg, task, False, 64, said.append)
     cfg = resolve_hardware(load("evaluate", words))
     with pytest.raises(UserError, match=r"5\.png: .*18"):
         open_set(plan_set(cfg, task, False, 64, said.append), task, tmp_path / "other", said.append)

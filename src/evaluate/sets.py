@@ -86,7 +86,8 @@ class First(Source):
 
 
 def plan_set(cfg: DictConfig, task: Task, trained: bool, resolution: int, said: Say) -> Plan:
-    """The set that `evaluation_set`, `data` and `n` name. trained: whether the task is that of a run.
+    """The set that `evaluation_set`, `data` and `n` name, without bad samples where the data says `skip`: the first `n` good
+    ones, or all that there are. trained: whether the task is that of a run.
 
     Raises UserError for more images than it has, for data that is not the named set's, for images of several sizes, and for
     photos that the task's detector does not know.
@@ -111,7 +112,14 @@ def plan_set(cfg: DictConfig, task: Task, trained: bool, resolution: int, said: 
         raise UserError(f"evaluation_set.split={chosen.split} has images of {len(sizes)} sizes; write data.buckets=null")
     check_seen(task, source, trained)
     framing = framing_of(source)
-    source = tolerant(source, Path(cfg.cache_dir), cfg.hardware.workers, said, [task])
+    source = tolerant(source, Path(cfg.cache_dir), cfg.hardware.workers, said, [task], leave_out=True)
+    if len(source) < count:
+        if len(source) < 2:
+            raise UserError(
+                f"evaluation_set={chosen.name}: {len(source)} of {count} images are good, and 2 are needed; mend some"
+            )
+        said(f"evaluation_set={chosen.name}: n={len(source)}, where {count} were asked for: bad samples are left out")
+        count = len(source)
     return Plan(chosen.name, chosen.split, chosen.seed, First(source, count) if count < len(source) else source, framing)
 
 
