@@ -196,13 +196,28 @@ def too_few(root: Path) -> None:
         (root / "images" / f"{i}.txt").unlink()
 
 
+def table_names_what_is_not_there(root: Path) -> None:
+    rows = [{"file_name": f"{i}.png", "text": f"picture {i}"} for i in range(8)]
+    rows[2]["file_name"], rows[4] = "gone.png", {"text": "no path"}
+    (root / "images" / "table.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 DEPTH = "data.signals={depth: ../depth}"
+TABLE = "data.table=table.jsonl"
 ROWS = [  # row, what is wrong, words, kind of the finding, what the report says, what a training is refused with
     (1, caption_missing, (), "caption", r"caption is missing", "no caption file beside them .*3.png.*missing_caption=empty"),
     (12, mismatched_pair, (DEPTH,), "pair", "the depth map is 48 x 64", "3.png: the depth map is 48 x 64 .*crop and turn"),
     (15, pair_lacks_a_map, (DEPTH,), "data set", "1 images have no map there: 3.png", "have no map .*same names below"),
     (15, duplicate_stems, (), "data set", "2 files share a stem", "share a stem, .*: 3.jpg, 3.png; rename or remove"),
     (11, unreadable, (), "unreadable", "cannot be opened", "3.png: cannot be opened .*; check its permissions and links"),
+    (
+        11,
+        table_names_what_is_not_there,
+        (TABLE,),
+        "unreadable",
+        "does not exist, and row 3 of .*table.jsonl names it",
+        r"2 of 6 samples .* cannot be read: .*gone.png \(does not .*table.jsonl, row 5 \(no path in file_name\); .*=skip",
+    ),
     (17, too_few, (), "data set", "holds 2 images, and data.val_images=2", "leaves none to train on; write data.val_images=1"),
 ]
 
@@ -215,6 +230,33 @@ def test_what_is_wrong_is_reported_by_check_and_refused_in_one_line(tmp_path, ro
     assert code == 1
     assert any(f["kind"] == kind and re.search(report, f["reason"]) for f in found), found
     assert re.search(line, refused(tmp_path, *more)), row
+
+
+def test_rows_of_a_table_without_their_file_are_replaced(tmp_path):
+    from src.data.folder import FolderSource
+    from src.data.tolerant import tolerant
+
+    table_names_what_is_not_there(small(tmp_path))
+    mismatched_pair(tmp_path)
+    Image.fromarray(np.full((48, 64), 903, np.uint16)).save(tmp_path / "depth" / "3.png")
+    (tmp_path / "depth" / "2.png").unlink()  # of the picture that is not there either
+    rules = {
+        "on_bad_sample": "skip",
+        "max_bad_share": 0.5,
+        "table": "table.jsonl",
+        "signals": {"depth": str(tmp_path / "depth")},
+    }
+    source = FolderSource("folder", f"{tmp_path}/images", 2, "train", 64, **rules)
+    whole = tolerant(source, tmp_path, say=lambda _: None)
+    assert whole.replaced == {2: 3, 4: 5}
+    assert [whole.describe(i)[1] for i in range(6)] == [f"picture {i}" for i in (0, 1, 3, 3, 5, 5)]
+    assert source.describe(4)[0] == "row 5"
+    before = source.fingerprint()
+    (tmp_path / "images" / "gone.png").write_bytes(encoded(photo(2), "PNG"))
+    (tmp_path / "depth" / "gone.png").write_bytes((tmp_path / "depth" / "1.png").read_bytes())
+    source = FolderSource("folder", f"{tmp_path}/images", 2, "train", 64, **rules)
+    assert source.fingerprint() != before
+    assert tolerant(source, tmp_path, say=lambda _: None).replaced == {4: 5}
 
 
 def test_a_loop_of_links_is_walked_once(tmp_path):

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from src.config import CONF, load
 from src.construct import construct
+from src.data.check import check_sources
 from src.data.folder import FolderSource
 from src.data.framing import Framing, same_aspect
 from src.data.records import RecordSource
@@ -24,6 +25,7 @@ from src.data.shard_index import braces, scan
 from src.data.shards import ShardSource
 from src.data.signals import MIRRORED, read_joints, read_map
 from src.data.source import BadSample
+from src.data.tolerant import tolerant
 from src.tasks.degradations import resized
 from src.tasks.depth import Depth
 from src.types import UserError
@@ -446,8 +448,12 @@ WHOLE = [("0.png", PNG), ("0.txt", b"a"), ("1.png", PNG), ("1.txt", b"b")]
         ([*WHOLE, ("../2.png", PNG)], r"the member '\.\./2\.png' leaves its folder"),
         ([*WHOLE, ("/etc/2.png", PNG)], r"the member '/etc/2\.png' leaves its folder"),
         ([*WHOLE, ("1.png", PNG)], r"the member '1\.png' stands twice"),
-        ([*WHOLE, ("1.jpg", PNG)], r"1 holds png, txt, jpg: 2 pictures, where one is wanted; name the one that is meant"),
-        ([("0.txt", b"a"), ("1.txt", b"b")], r"0 holds txt: 0 pictures, where one is wanted; write one picture per sample"),
+        (
+            [*WHOLE, ("0.jpg", PNG)],
+            r"x\.tar: 0: holds png, txt, jpg: 2 pictures, where one is wanted; name the one that is meant",
+        ),
+        ([("0.txt", b"a"), *WHOLE[2:]], r"^[^ ]+x\.tar: 0: holds txt: 0 pictures, where one is wanted; write one picture per"),
+        ([("0.txt", b"a"), ("1.txt", b"b")], r"2 of 2 samples are without their picture, such as .*0: holds txt: 0 pictures"),
         ([], r"holds no sample in 1 tar files"),
     ],
 )
@@ -494,6 +500,36 @@ def test_a_bad_picture_in_a_shard_is_named(tmp_path):
     skipping = ShardSource("shards", str(tmp_path / "x.tar"), 1, "train", SIZE, on_bad_sample="skip")
     assert skipping.probe(0).problems
     assert skipping[1].image.shape == (SIZE, SIZE, 3)
+
+
+def test_a_sample_without_its_picture_or_its_map_is_a_bad_one(tmp_path):
+    depth = depth_bytes(0)[0]
+    members = [m for i in range(8) for m in ((f"{i}.png", PNG), (f"{i}.txt", b"a"), (f"{i}.depth.tif", depth))]
+    file = write_tar(tmp_path / "x.tar", [m for m in members if m[0] not in ("1.png", "3.depth.tif")])
+
+    def source(on_bad: str, **more) -> ShardSource:
+        rules = {"signals": {"depth": "depth.tif"}, "on_bad_sample": on_bad, "max_bad_share": 0.5, **more}
+        return ShardSource("shards", str(file), 2, "train", SIZE, **rules)
+
+    with pytest.raises(
+        UserError, match=r"2 of 6 samples of .* cannot be read: .*x\.tar: 1 \(holds .*3\.depth\.tif \(no such"
+    ) as e:
+        source("raise")
+    assert "\n" not in str(e.value)
+    skipping = source("skip")
+    assert [len(skipping.probe(i).problems) for i in range(6)] == [0, 1, 0, 1, 0, 0]
+    whole = tolerant(skipping, tmp_path, say=lambda _: None)
+    assert whole.replaced == {1: 2, 3: 4}
+    assert whole[3].signals["depth"].shape == (SIZE, SIZE)
+    problems = check_sources({"train": skipping}, None, 0, 0, None, "distance")["problems"]
+    assert [(f["kind"], f["id"].rpartition("x.tar: ")[2]) for f in problems] == [
+        ("unreadable", "1"),
+        ("unreadable", "3.depth.tif"),
+    ]
+    with pytest.raises(UserError, match=r"data\.signals\.canny=edges\.png: 8 of 8 samples have no such member"):
+        source("skip", signals={"canny": "edges.png"})
+    with pytest.raises(UserError, match=r"8 of 8 samples are without their picture, such as .*: webp, where one is wanted"):
+        source("skip", image="webp")
 
 
 # ---- geometry ---------------------------------------------------------------------------------------------------------

@@ -231,7 +231,10 @@ def _file_digests(sources: Mapping[str, Source]) -> dict[str, list[tuple[str, st
     for split, source in sources.items():
         records = getattr(source, "records", None)
         for row in source.rows if records is not None else ():
-            file = records.raw(row, "image")
+            try:
+                file = records.raw(row, "image")
+            except BadSample:  # named among the unreadable
+                continue
             if not isinstance(file, Path):
                 return None
             if file.is_file() and file.stat().st_size:

@@ -27,7 +27,8 @@ class FolderRecords(Records):
 
     Without a table, every image below `path` is one record, in the order of their names, and its caption stands in the .txt
     file of the same name. With one, its rows are the records, in their order; `image_column` holds paths relative to `path`,
-    and an image that stands in several rows has several captions, one record each.
+    and an image that stands in several rows has several captions, one record each. A row whose file does not exist, or that
+    names none, is a bad sample; a column in which all are so is refused.
     signals: name of a signal -> folder with one map per image, of the same name but for the suffix, relative to `path` or to
     here; folders of maps below `path` are not searched for images. signal_columns: name of a signal -> column with its path.
     allow_outside: whether links and the paths in a table may lead out of these folders; the folders themselves, which the
@@ -58,22 +59,25 @@ class FolderRecords(Records):
         self.signals = check_signals([*folders, *columns], "data.signals")
         found = {s: _existing(f, self.root, Path.is_dir, f"data.signals.{s}={f!r}", "folder") for s, f in folders.items()}
         self._maps: dict[str, list[Path]] = {}
+        self._lost: dict[tuple[int, str], BadSample] = {}  # (row, part) that a table names, and that is not there
         self._captions: list[Any] | None = None  # those of a table
         if table is None:
             self._find_images(list(found.values()))
         else:
             self._read_table(table, image_column, caption_column, columns)
         for signal, folder in found.items():
-            images = list(dict.fromkeys(self.files))
+            images = list(dict.fromkeys(f for row, f in enumerate(self.files) if (row, IMAGE) not in self._lost))
             key, suffixes = f"data.signals.{signal}", (*SUFFIXES, *MAP_SUFFIXES)
             there = partners(images, self.root, folder, suffixes, key, table is None, allow_outside)
-            self._maps[signal] = [there[f] for f in self.files]
+            self._maps[signal] = [there.get(f, f) for f in self.files]  # without its image a map is not asked for
 
     def raw(self, row: int, part: str) -> Path:
-        return self.files[row] if part == IMAGE else self._maps[part][row]
+        if lost := self._lost.get((row, part)):
+            raise lost
+        return self._file(row, part)
 
     def name(self, row: int, part: str) -> str:
-        return str(self.raw(row, part))
+        return lost.id if (lost := self._lost.get((row, part))) else str(self._file(row, part))
 
     def caption(self, row: int) -> Any:
         if self._captions is not None:
@@ -90,7 +94,11 @@ class FolderRecords(Records):
             raise BadSample(str(file), reason, "check its permissions and links, or remove it") from error
 
     def stamp(self, row: int) -> str:
-        return "|".join(_stamp(self.raw(row, part)) for part in (IMAGE, *self.signals))
+        parts = (IMAGE, *self.signals)
+        return "|".join("not there" if (row, p) in self._lost else _stamp(self._file(row, p)) for p in parts)
+
+    def _file(self, row: int, part: str) -> Path:
+        return self.files[row] if part == IMAGE else self._maps[part][row]
 
     def _find_images(self, without: list[Path]) -> None:
         files = walk(self.root, without, without, self._outside)
@@ -118,29 +126,39 @@ class FolderRecords(Records):
         where = str(file)
         column(names, image_column, "data.image_column", where)
         column(names, caption_column, "data.caption_column", where)
-        self.files = self._paths(rows, image_column, where)
+        self.files = self._paths(rows, IMAGE, image_column, where)
         for signal, name in columns.items():
             column(names, name, f"data.signal_columns.{signal}", where)
-            self._maps[signal] = self._paths(rows, name, where)
+            self._maps[signal] = self._paths(rows, signal, name, where)
         self._captions = [row.get(caption_column) for row in rows]
         times: Counter[str] = Counter()
         self.ids = []
-        for row in rows:
-            times[path := str(row[image_column])] += 1
+        for number, row in enumerate(rows, 1):
+            times[path := str(row[image_column]) if _names(row, image_column) else f"row {number}"] += 1
             self.ids.append(path if times[path] == 1 else f"{path}#{times[path]}")
 
-    def _paths(self, rows: list[dict[str, Any]], name: str, where: str) -> list[Path]:
-        empty = [str(i) for i, row in enumerate(rows, 1) if not isinstance(row.get(name), str) or not row[name].strip()]
-        if empty:
-            raise UserError(f"{where}: {len(empty)} of {len(rows)} rows hold no path in {name}: rows {', '.join(empty[:10])}")
-        paths = [self.root / path_of(row[name].strip()) for row in rows]
-        named = [(f"row {i}: {name}={row[name]!r}", path) for i, (row, path) in enumerate(zip(rows, paths, strict=True), 1)]
+    def _paths(self, rows: list[dict[str, Any]], part: str, name: str, where: str) -> list[Path]:
+        """One path a row, as its column `name` has it; the table itself where it has none. Notes what is not there, and raises
+        UserError where all are so."""
+        empty = [i for i, row in enumerate(rows) if not _names(row, name)]
+        if len(empty) == len(rows):
+            first = ", ".join(str(i + 1) for i in empty[:10])
+            raise UserError(f"{where}: {len(empty)} of {len(rows)} rows hold no path in {name}: rows {first}")
+        there = {i: self.root / path_of(row[name].strip()) for i, row in enumerate(rows) if _names(row, name)}
+        named = [(f"row {i + 1}: {name}={rows[i][name]!r}", path) for i, path in there.items()]
         refuse_outside(named, Bounds(self.root), self._outside, where, self.where)
-        lost = [row[name] for row, path in zip(rows, paths, strict=True) if not is_file(path)]
-        if lost:
-            fix = f"paths are read relative to {self.where}"
-            raise UserError(f"{where}: {len(lost)} of {len(rows)} files of {name} do not exist: {', '.join(lost[:10])}; {fix}")
-        return paths
+        lost = [i for i, path in there.items() if not is_file(path)]
+        fix = f"paths are read relative to {self.where}"
+        if len(lost) == len(there):
+            first = ", ".join(rows[i][name] for i in lost[:10])
+            raise UserError(f"{where}: {len(lost)} of {len(rows)} files of {name} do not exist: {first}; {fix}")
+        for i in empty:
+            reason = f"no path in {name}"
+            self._lost[i, part] = BadSample(f"{where}, row {i + 1}", reason, "fill it in or remove the row")
+        for i in lost:
+            reason = f"does not exist, and row {i + 1} of {where} names it in {name} ({fix})"
+            self._lost[i, part] = BadSample(str(there[i]), reason, "mend the path or remove the row")
+        return [there.get(i, Path(where)) for i in range(len(rows))]
 
 
 class FolderSource(RecordSource):
@@ -183,9 +201,14 @@ def _existing(given: str, root: Path, exists: Any, where: str, what: str) -> Pat
     raise UserError(f"{where} is not a {what}, neither here nor below {str(root)!r}")
 
 
+def _names(row: Mapping[str, Any], column: str) -> bool:
+    """Whether a row of a table holds a path there."""
+    return isinstance(row.get(column), str) and bool(row[column].strip())
+
+
 def _stamp(file: Path) -> str:
     try:
         found = file.stat()
-    except OSError as error:
-        return f"unreadable: {error.strerror}"
+    except (OSError, ValueError) as error:  # a name that no file system takes
+        return f"unreadable: {getattr(error, 'strerror', error)}"
     return f"{found.st_size}|{found.st_mtime_ns}"

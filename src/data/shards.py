@@ -25,7 +25,8 @@ class ShardRecords(Records):
 
     image: suffix of the pictures, None where each sample has one picture only beside its signals. caption: the suffix of the
     captions, `txt`, or `json:<key>` for a key of the .json member. signals: name of a signal -> suffix, such as depth.png.
-    A sample's id is the text `id` of its .json member, else <shard>/<name>: names may begin anew in each shard.
+    A sample's id is the text `id` of its .json member, else <shard>/<name>: names may begin anew in each shard. One without
+    its picture, or without a map, is a bad sample; shards where all are so are refused.
     """
 
     def __init__(self, path: str, image: str | None, caption: str, signals: Mapping[str, Any] | None, index_dir: str | None):
@@ -38,7 +39,13 @@ class ShardRecords(Records):
         if not self.rows:
             raise UserError(f"{self.where} holds no sample in {len(self.shards)} tar files")
         self._open: dict[int, int] = {}
-        self._image_suffix = [self._picture_of(row, image) for row in range(len(self.rows))]
+        self._image = image
+        self._image_suffix = [self._picture_of(row) for row in range(len(self.rows))]
+        if not any(self._image_suffix):
+            count = len(self.rows)
+            raise UserError(
+                f"{self.where}: {count} of {count} samples are without their picture, such as {self._no_picture(0)}"
+            )
         for signal, suffix in self._suffixes.items():
             self._require(suffix, f"data.signals.{signal}={suffix}")
         self._check_captions()
@@ -47,7 +54,13 @@ class ShardRecords(Records):
         self._stamps = [f"{shard.file.name} {s.st_size} {s.st_mtime_ns}" for shard, s in zip(self.shards, stats, strict=True)]
 
     def raw(self, row: int, part: str) -> bytes:
-        return self._read(row, self._suffix(row, part))
+        suffix = self._suffix(row, part)
+        if suffix is None:
+            raise self._no_picture(row)
+        if suffix not in self._parts(row):
+            reason = f"no such member, which data.signals.{part}={suffix} wants; there are {', '.join(self._parts(row))}"
+            raise BadSample(self._member(row, suffix), reason, "add it or remove the sample")
+        return self._read(row, suffix)
 
     def name(self, row: int, part: str) -> str:
         return self._member(row, self._suffix(row, part))
@@ -62,11 +75,13 @@ class ShardRecords(Records):
 
     def stamp(self, row: int) -> str:
         shard, _ = self.rows[row]
-        parts = (self._parts(row)[self._suffix(row, part)] for part in (IMAGE, *self.signals))
+        parts = (self._parts(row).get(self._suffix(row, part), ("none", "")) for part in (IMAGE, *self.signals))
         return f"{self._stamps[shard]} {', '.join(f'{offset}+{size}' for offset, size in parts)}"
 
     def header(self, row: int) -> Header:
         shard, place = self.rows[row]
+        if self._image_suffix[row] is None:
+            raise self._no_picture(row)
         found = self.shards[shard].headers[place][self._image_suffix[row]]
         if len(found) == 2:
             raise BadSample(self.name(row, IMAGE), *found)
@@ -84,16 +99,18 @@ class ShardRecords(Records):
         for number in getattr(self, "_open", {}).values():
             os.close(number)
 
-    def _suffix(self, row: int, part: str) -> str:
+    def _suffix(self, row: int, part: str) -> str | None:
+        """None where a picture is asked for and cannot be told."""
         return self._image_suffix[row] if part == IMAGE else self._suffixes[part]
 
     def _parts(self, row: int) -> dict[str, Part]:
         shard, place = self.rows[row]
         return self.shards[shard].parts[place]
 
-    def _member(self, row: int, suffix: str) -> str:
+    def _member(self, row: int, suffix: str | None) -> str:
+        """A member's name; with None that of the whole sample."""
         shard, place = self.rows[row]
-        return f"{self.shards[shard].file}: {self.shards[shard].keys[place]}.{suffix}"
+        return f"{self.shards[shard].file}: {self.shards[shard].keys[place]}{'' if suffix is None else f'.{suffix}'}"
 
     def _read(self, row: int, suffix: str) -> bytes:
         shard, _ = self.rows[row]
@@ -134,33 +151,37 @@ class ShardRecords(Records):
         given = self._facts(row).get("id")
         return given if isinstance(given, str) and given else f"{self.shards[shard].file.stem}/{self.shards[shard].keys[place]}"
 
-    def _picture_of(self, row: int, image: str | None) -> str:
+    def _picture_of(self, row: int) -> str | None:
+        """The suffix of a sample's picture; None where `_no_picture` says why there is none."""
+        pictures, parts = self._pictures(row), self._parts(row)
+        wanted = [self._image.lstrip(".").lower()] if self._image else pictures
+        return wanted[0] if len(wanted) == 1 and wanted[0] in parts else None
+
+    def _pictures(self, row: int) -> list[str]:
         maps = self._suffixes.values()
-        pictures = [s for s in self._parts(row) if f".{s}" in SUFFIXES and s not in maps]
-        wanted = [image.lstrip(".").lower()] if image else pictures
-        if len(wanted) == 1 and wanted[0] in self._parts(row):
-            return wanted[0]
-        shard, place = self.rows[row]
-        name, there = f"{self.shards[shard].file}: {self.shards[shard].keys[place]}", ", ".join(self._parts(row))
+        return [s for s in self._parts(row) if f".{s}" in SUFFIXES and s not in maps]
+
+    def _no_picture(self, row: int) -> BadSample:
+        pictures, there = self._pictures(row), ", ".join(self._parts(row))
         fix = "name the one that is meant in data.image" if pictures else "write one picture per sample"
-        raise UserError(f"{name} holds {there}: {image or f'{len(pictures)} pictures'}, where one is wanted; {fix}")
+        reason = f"holds {there}: {self._image or f'{len(pictures)} pictures'}, where one is wanted"
+        return BadSample(self._member(row, None), reason, fix)
 
     def _require(self, suffix: str, key: str) -> None:
-        without = [self._member(row, suffix) for row in range(len(self.rows)) if suffix not in self._parts(row)]
-        if without:
-            there = ", ".join(sorted({s for row in range(len(self.rows)) for s in self._parts(row)}))
-            raise UserError(
-                f"{key}: {len(without)} of {len(self.rows)} samples have no such member: {', '.join(without[:10])}; "
-                f"their suffixes are {there}"
-            )
+        """Refuse a suffix that no sample has: then it is a wrong one. Raises UserError."""
+        count = len(self.rows)
+        if any(suffix in self._parts(row) for row in range(count)):
+            return
+        there = ", ".join(sorted({s for row in range(count) for s in self._parts(row)}))
+        first = ", ".join(self._member(row, suffix) for row in range(min(count, 10)))
+        raise UserError(f"{key}: {count} of {count} samples have no such member: {first}; their suffixes are {there}")
 
     def _check_captions(self) -> None:
         suffix, key = self._caption_suffix, self._caption_key
         if (suffix == "json") != bool(key):
             raise UserError(f"data.caption={suffix}: write txt, or json:<key>, such as json:caption")
         having = [row for row in range(len(self.rows)) if suffix in self._parts(row)]
-        if not having:
-            self._require(suffix, f"data.caption={suffix}")
+        self._require(suffix, f"data.caption={suffix}")
         keys = list(dict.fromkeys(name for row in having[:LOOKED_AT] for name in self._facts(row))) if key else []
         if keys and key not in keys:
             there = ", ".join(keys)
