@@ -396,13 +396,13 @@ def test_captions_elsewhere_or_of_another_ending_are_pointed_at(tmp_path):
     for i in range(3):
         (tmp_path / "images" / f"{i}.txt").rename(tmp_path / "captions" / f"{i}.txt")
     with pytest.raises(
-        UserError, match=r"2 of 2 .*no caption file beside them \(\.txt; 3 \.txt files lie elsewhere.* captions/0\.txt"
+        UserError, match=r"2 of 2 .*no caption file of the same name \(\.txt; 3 \.txt files lie elsewhere.* captions/0\.txt"
     ):
         folder(tmp_path)
     for i in range(3):
         (tmp_path / "captions" / f"{i}.txt").rename(tmp_path / "images" / f"{i}.caption")
     with pytest.raises(
-        UserError, match=r"no caption file beside them \(\.txt; 3 files end in '\.caption'\): images/0\.png \(none\)"
+        UserError, match=r"no caption file of the same name \(\.txt; 3 files end in '\.caption'\): images/0\.png \(none\)"
     ):
         folder(tmp_path)
 

@@ -205,7 +205,14 @@ def table_names_what_is_not_there(root: Path) -> None:
 DEPTH = "data.signals={depth: ../depth}"
 TABLE = "data.table=table.jsonl"
 ROWS = [  # row, what is wrong, words, kind of the finding, what the report says, what a training is refused with
-    (1, caption_missing, (), "caption", r"caption is missing", "no caption file beside them .*3.png.*missing_caption=empty"),
+    (
+        1,
+        caption_missing,
+        (),
+        "caption",
+        r"caption is missing",
+        "no caption file of the same name .*3.png.*missing_caption=empty",
+    ),
     (12, mismatched_pair, (DEPTH,), "pair", "the depth map is 48 x 64", "3.png: the depth map is 48 x 64 .*crop and turn"),
     (15, pair_lacks_a_map, (DEPTH,), "data set", "1 images have no map there: 3.png", "have no map .*same names below"),
     (15, duplicate_stems, (), "data set", "2 files share a stem", "share a stem, .*: 3.jpg, 3.png; rename or remove"),

@@ -113,6 +113,28 @@ def test_only_the_worst_are_printed_and_the_rest_is_counted(folder, tmp_path, ca
     assert "and 5 more: 5 unreadable" in printed
 
 
+def test_a_missing_caption_says_what_was_there_instead(folder, tmp_path, capsys):
+    for i in range(16):
+        (folder / f"{i:02d}.txt").rename(folder / f"{i:02d}.TXT")
+    with pytest.raises(SystemExit):
+        prepare.check(load("prepare_check", words(folder, tmp_path / "runs", "worst=1")))
+    said = "caption: train: 00.png: its caption is missing (no caption file of the same name (.txt; 16 files end in '.TXT'))"
+    assert said in capsys.readouterr().out
+
+
+def test_no_kind_pushes_another_out_of_the_list(folder, tmp_path, capsys):
+    for i in range(8):
+        (folder / f"{i:02d}.png").write_bytes(b"")
+    (folder / "08.txt").unlink()
+    (folder / "11.png").write_bytes((folder / "10.png").read_bytes())
+    with pytest.raises(SystemExit):
+        prepare.check(load("prepare_check", words(folder, tmp_path / "runs", "worst=4")))
+    printed = capsys.readouterr().out
+    listed = [line.strip().split(": train: ")[0] for line in printed.splitlines() if ": train: " in line]
+    assert listed == ["unreadable", "unreadable", "caption", "hint: twice"]
+    assert "and 6 more: 6 unreadable" in printed
+
+
 def test_a_sample_is_decoded_and_all_with_full(folder, tmp_path, monkeypatch):
     decoded, read = [], picture.read_rgb
     monkeypatch.setattr(picture, "read_rgb", lambda raw, *rest: (decoded.append(raw.name), read(raw, *rest))[1])

@@ -1,7 +1,7 @@
 """The report of `src.data.check` in lines for reading."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from src.data.check import KINDS, Finding
@@ -15,11 +15,20 @@ def lines(report: Mapping[str, Any], worst: int) -> Iterator[str]:
     found = [Finding(**f) for f in (*report["problems"], *report["hints"])]
     yield f"duplicates were looked for among {report['duplicates_among']}"
     yield f"problems: {len(report['problems'])}, hints: {len(report['hints'])}" + (", the worst:" if found else "")
-    for finding in found[:worst]:
+    listed = _listed(found, worst)
+    for place in listed:
+        finding = found[place]
         yield f"  {'' if KINDS[finding.kind] else 'hint: '}{finding.kind}: {finding.split}: {finding}"
     if len(found) > worst:
-        rest = Counter(f.kind for f in found[worst:])
+        rest = Counter(f.kind for place, f in enumerate(found) if place not in listed)
         yield f"  and {len(found) - worst} more: {', '.join(f'{n} {kind}' for kind, n in rest.items())}"
+
+
+def _listed(found: Sequence[Finding], worst: int) -> list[int]:
+    """Places of the findings to list, in their order: the first of each kind before a second of any."""
+    seen: set[str] = set()
+    again = [bool(f.kind in seen or seen.add(f.kind)) for f in found]
+    return sorted(sorted(range(len(found)), key=lambda place: (again[place], place))[:worst])
 
 
 def _split_lines(split: str, facts: Mapping[str, Any]) -> Iterator[str]:

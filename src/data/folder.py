@@ -118,7 +118,7 @@ class FolderRecords(Records):
         found = [f"{len(stray)} {TXT} files lie elsewhere or are named otherwise, such as {stray[0]}"] if stray else []
         endings = Counter(f.suffix for f in others if f.suffix != TXT)
         found += [f"{n} files end in {s!r}" for s, n in endings.most_common(3)]
-        return f"no caption file beside them ({'; '.join([TXT, *found])})"
+        return f"no caption file of the same name ({'; '.join([TXT, *found])})"
 
     def _read_table(self, table: str, image_column: str, caption_column: str, columns: dict[str, str]) -> None:
         file = _existing(table, self.root, Path.is_file, f"data.table={table!r}", "file")

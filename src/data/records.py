@@ -22,7 +22,7 @@ class Records(ABC):
     """The files of a data set as they stand, in a fixed order; nothing is decoded.
 
     ids: one per record, unique. signals: names of the maps that every record has. where: how messages name the data set;
-    no_caption: what they say of records without one.
+    no_caption: what they say of one record, or of several, without one.
     """
 
     ids: list[str]
@@ -176,7 +176,8 @@ class RecordSource(Source):
         try:
             raw = self.records.caption(row)
             if captions.caption_of(raw, id, self._caption_seed) is None:
-                problems.append(BadSample(id, f"its caption is missing ({captions.why_missing(raw)})", "write it"))
+                why = captions.why_missing(raw) if raw is not None else self.records.no_caption
+                problems.append(BadSample(id, f"its caption is missing ({why})", "write it"))
         except BadSample as bad:
             problems.append(bad)
         header = None if isinstance(scan, BadSample) else scan

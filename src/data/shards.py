@@ -186,7 +186,7 @@ class ShardRecords(Records):
         if keys and key not in keys:
             there = ", ".join(keys)
             raise UserError(f"data.caption=json:{key}: no such key in the .json members; their keys are {there}")
-        self.no_caption = f"no caption in their .{suffix} member"
+        self.no_caption = f"no caption in a .{suffix} member"
 
 
 class ShardSource(RecordSource):
