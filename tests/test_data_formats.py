@@ -20,6 +20,7 @@ from src.construct import construct
 from src.data.check import check_sources
 from src.data.folder import FolderSource
 from src.data.framing import Framing, same_aspect
+from src.data.hub import HubSource
 from src.data.records import RecordSource
 from src.data.shard_index import braces, scan
 from src.data.shards import ShardSource
@@ -180,8 +181,6 @@ def datasets(tmp_path, monkeypatch):
 
 
 def from_hub(path: Path, split: str = "train", val_images: int = 8, **rules):
-    from src.data.hub import HubSource
-
     rules = {"signal_columns": {s: s for s in MAPS}, **rules}
     return HubSource("hub", str(path), val_images, split, SIZE, **rules)
 
@@ -530,6 +529,22 @@ def test_a_sample_without_its_picture_or_its_map_is_a_bad_one(tmp_path):
         source("skip", signals={"canny": "edges.png"})
     with pytest.raises(UserError, match=r"8 of 8 samples are without their picture, such as .*: webp, where one is wanted"):
         source("skip", image="webp")
+
+
+@pytest.mark.parametrize("make", [ShardSource, FolderSource, HubSource])
+@pytest.mark.parametrize("url", ["s3://b/x.tar", "https://example.org/{00000..00009}.tar", "hf://datasets/owner/name"])
+def test_a_url_is_no_path(make, url):
+    with pytest.raises(UserError, match=r"data\.path='[a-z0-9]+://.* is a URL, and URLs are not read; download it, or mount"):
+        make("any", url, 1, "train", SIZE)
+
+
+def test_urls_in_a_table_are_named_as_such(tmp_path):
+    rows = [{"file_name": f"https://example.org/{i}.png", "text": "a"} for i in range(3)]
+    (tmp_path / "table.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match=r"3 of 3 files of file_name do not exist: https://.*; URLs are not read: download"):
+        FolderSource("folder", str(tmp_path), 1, "train", SIZE, table="table.jsonl")
+    with pytest.raises(UserError, match=r"data\.table='https://.*' is a URL, and URLs are not read"):
+        FolderSource("folder", str(tmp_path), 1, "train", SIZE, table="https://example.org/table.jsonl")
 
 
 # ---- geometry ---------------------------------------------------------------------------------------------------------

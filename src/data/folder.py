@@ -10,7 +10,7 @@ import numpy as np
 from src.data import picture
 from src.data.captions import decode_text
 from src.data.framing import Framing
-from src.data.pairs import Bounds, is_file, partners, path_of, refuse_outside, refuse_twins, stem, walk
+from src.data.pairs import Bounds, is_file, is_url, partners, path_of, refuse_outside, refuse_twins, refuse_url, stem, walk
 from src.data.picture import SUFFIXES
 from src.data.records import IMAGE, Records, RecordSource, as_names, column
 from src.data.signals import MAP_SUFFIXES, check_signals
@@ -50,6 +50,7 @@ class FolderRecords(Records):
         folders, columns = as_names(signals), as_names(signal_columns)
         check_signals([*folders], "data.signals")
         check_signals([*columns], "data.signal_columns")
+        refuse_url(path, self.where)
         if not self.root.is_dir():
             raise UserError(f"{self.where} is not a folder")
         if columns and table is None:
@@ -148,7 +149,8 @@ class FolderRecords(Records):
         named = [(f"row {i + 1}: {name}={rows[i][name]!r}", path) for i, path in there.items()]
         refuse_outside(named, Bounds(self.root), self._outside, where, self.where)
         lost = [i for i, path in there.items() if not is_file(path)]
-        fix = f"paths are read relative to {self.where}"
+        urls = any(is_url(rows[i][name]) for i in lost)
+        fix = "URLs are not read: download the pictures" if urls else f"paths are read relative to {self.where}"
         if len(lost) == len(there):
             first = ", ".join(rows[i][name] for i in lost[:10])
             raise UserError(f"{where}: {len(lost)} of {len(rows)} files of {name} do not exist: {first}; {fix}")
@@ -194,6 +196,7 @@ def read_picture(file: Path, resolution: int, matte: str = "white") -> np.ndarra
 
 def _existing(given: str, root: Path, exists: Any, where: str, what: str) -> Path:
     """A path that is absolute, relative to `root`, or relative to the working directory. Raises UserError."""
+    refuse_url(given, where)
     tried = [root / Path(given).expanduser(), Path(given).expanduser()]
     for path in tried:
         if exists(path):

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from src.data.pairs import Bounds, is_file, path_of, refuse_outside
+from src.data.pairs import Bounds, is_file, is_url, path_of, refuse_outside, refuse_url
 from src.data.records import IMAGE, Records, RecordSource, as_names, column
 from src.data.signals import SIGNALS, check_signals
 from src.data.source import BadSample, Split
@@ -113,6 +113,8 @@ class HubRecords(Records):
             return file
         if file:
             raise BadSample(name, f"{value!r} leads out of {self.where}", "mend the path, or write data.allow_outside=true")
+        if is_url(value):
+            raise BadSample(name, f"{value!r} is a URL, and URLs are not read", "download it and write its path")
         reason = f"{value!r} is no file, neither here nor below {self.where}"
         raise BadSample(name, reason, "mend the path or remove the row")
 
@@ -145,6 +147,7 @@ class HubSource(RecordSource):
 def open_dataset(path: str, revision: str | None, split: str) -> Any:
     """The `datasets.Dataset` that a path or a hub id names. Raises UserError with the remedy."""
     where, root = f"data.path={path!r}", Path(path).expanduser()
+    refuse_url(path, where)
     try:
         import datasets
     except ModuleNotFoundError as error:

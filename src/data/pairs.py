@@ -57,6 +57,17 @@ def refuse_outside(
     note_once(f"outside {where}", f"{line}; they are read, for data.allow_outside=true")
 
 
+def refuse_url(word: str, where: str) -> None:
+    """Refuse what a configuration names by a URL, which would be looked for as a file of that name. Raises UserError."""
+    if is_url(word):
+        fix = "download it, or mount it, and write its path; or write data=hub data.path=owner/name for what is on the hub"
+        raise UserError(f"{where} is a URL, and URLs are not read; {fix}")
+
+
+def is_url(word: str) -> bool:
+    return "://" in word
+
+
 def path_of(word: str) -> Path:
     """A word of a table as a path; `~` is the home folder where there is such a user."""
     try:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from src.data.captions import decode_text
+from src.data.pairs import refuse_url
 from src.data.picture import SUFFIXES, Header
 from src.data.records import IMAGE, Records, RecordSource, as_names
 from src.data.shard_index import Part, ShardIndex, shard_files
@@ -34,6 +35,7 @@ class ShardRecords(Records):
         self._suffixes = {s: v.lstrip(".").lower() for s, v in as_names(signals).items()}
         self.signals = check_signals([*self._suffixes], "data.signals")
         self._caption_suffix, _, self._caption_key = caption.lstrip(".").partition(":")
+        refuse_url(path, self.where)
         self.shards = [ShardIndex.of(file, index_dir) for file in shard_files(path, self.where)]
         self.rows = [(s, i) for s, shard in enumerate(self.shards) for i in range(len(shard.keys))]
         if not self.rows:
