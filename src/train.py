@@ -116,7 +116,7 @@ def train(cfg: DictConfig, typed: list[str], experiment: str | None = None) -> P
 
 def _trained(runs: Sequence[Run], group: Sequence[Member], ranks: Ranks, experiment: str | None) -> Path:
     run, began = runs[0], time.monotonic()
-    worlds = build.load_worlds([one.cfg for one in runs], [member.plan for member in group])
+    worlds = build.load_worlds([one.cfg for one in runs], [member.plan for member in group], ranks)
     print(f"backbone and data ready in {time.monotonic() - began:.0f} s", flush=True)
     parts = [Part(one, world, member.label, ranks) for one, world, member in zip(runs, worlds, group, strict=True)]
     outcomes = train_all(parts)

@@ -19,7 +19,8 @@ from src.control_score import HeldOut
 from src.data.datamodule import Stores
 from src.data.source import Source
 from src.data.stores import build_stores
-from src.data.tolerant import tolerant
+from src.data.tolerant import bad_rows, without
+from src.ranks.place import ALONE, Ranks
 from src.sampling import solver_for
 from src.support import check_cell
 from src.tasks.base import Task
@@ -117,12 +118,13 @@ def load_world(cfg: DictConfig, made: Plan) -> World:
     return load_worlds([cfg], [made])[0]
 
 
-def load_worlds(cfgs: Sequence[DictConfig], plans: Sequence[Plan]) -> list[World]:
-    """The worlds of those who train together, around one backbone; those with equal conditions have one world."""
+def load_worlds(cfgs: Sequence[DictConfig], plans: Sequence[Plan], ranks: Ranks = ALONE) -> list[World]:
+    """The worlds of those who train together, around one backbone; those with equal conditions have one world. ranks: all of
+    whom load them."""
     cfg, backbone, device = cfgs[0], plans[0].backbone, device_of(cfgs[0])
     backbone.load(device, backbone_dtype(cfg))
     codec = backbone.load_codec(device)
-    plans[0].train_source, plans[0].val_source = watched(cfg, plans[0], [made.task for made in plans])
+    plans[0].train_source, plans[0].val_source = watched(cfg, plans[0], [made.task for made in plans], ranks)
     stores: dict[str, list[Stores]] = {}
     for one, made in zip(cfgs, plans, strict=True):
         if conditions_key(one) not in stores:
@@ -166,12 +168,13 @@ def cached(cfg: DictConfig, made: Plan, codec: Codec) -> list[Stores]:
     return filled(cfg, made, codec)
 
 
-def watched(cfg: DictConfig, made: Plan, tasks: Sequence[Task]) -> list[Source]:
+def watched(cfg: DictConfig, made: Plan, tasks: Sequence[Task], ranks: Ranks = ALONE) -> list[Source]:
     """Both sources, where the data says so with bad training samples replaced and bad held-out ones left out: a score would
-    count a second copy twice. tasks: all that will make conditions of them."""
+    count a second copy twice. tasks: all that will make conditions of them; ranks: the first reads, and says what is bad."""
     folder, workers = Path(cfg.cache_dir), cfg.hardware.workers
     both = ((made.train_source, False), (made.val_source, True))
-    return [tolerant(source, folder, workers, _say, tasks, leave_out) for source, leave_out in both]
+    lists = ranks.first_works(lambda beat: [bad_rows(s, folder, workers, _say, tasks, out, beat) for s, out in both])
+    return [without(source, skipped, out) for (source, out), skipped in zip(both, lists, strict=True)]
 
 
 def filled(cfg: DictConfig, made: Plan, codec: Codec) -> list[Stores]:

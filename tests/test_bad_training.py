@@ -2,9 +2,11 @@
 counted by `check`, refused by a training, or replaced and listed. Row numbers are those of `tests/bad_files.py`."""
 
 import json
+import multiprocessing
 import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -316,6 +318,52 @@ def test_a_bad_held_out_image_is_left_out_of_training_scores(tmp_path, cache_dir
     assert [val.describe(i)[0] for i in range(len(val))] == ["7.png", "9.png"]
     with pytest.raises(IndexError):
         val[2]
+
+
+def as_rank(rank: int, root: Path, source: str, share: float, told: multiprocessing.Queue) -> None:
+    """One of two ranks that ask which samples are bad; the second has a folder of its own, and can read no picture."""
+    import torch.distributed
+
+    from src.data.folder import FolderSource
+    from src.ranks import place
+
+    place.BEAT_S = 0.0  # tells after each sample that it goes on
+    torch.distributed.init_process_group("gloo", init_method=f"file://{root}/meet-{share}", rank=rank, world_size=2)
+    rules = {"on_bad_sample": "skip", "max_bad_share": share}
+    made = SimpleNamespace(**{f"{s}_source": FolderSource("folder", source, 3, s, 64, **rules) for s in ("train", "val")})
+    cfg = SimpleNamespace(cache_dir=f"{root}/{rank}", hardware=SimpleNamespace(workers=0))
+    if rank:
+        FolderSource.__getitem__ = lambda self, index: 1 / 0
+    try:
+        train, val = watched(cfg, made, [], place.Ranks(rank, 2))
+        told.put((rank, train.replaced, val.left_out, len(list(Path(cfg.cache_dir).glob("skipped-*")))))
+    except Exception as error:
+        told.put((rank, type(error).__name__, str(error)))
+
+
+def test_the_first_rank_reads_and_says_what_is_bad(tmp_path):
+    """An error that passes on one of them would give each another list, and another order of images."""
+    images = small(tmp_path, 10) / "images"
+    for name in ("3.png", "8.png"):
+        (images / name).write_bytes((images / name).read_bytes()[:-200])
+    fork = multiprocessing.get_context("fork")
+
+    def both(share: float) -> list[tuple]:
+        told = fork.Queue()
+        ranks = [fork.Process(target=as_rank, args=(rank, tmp_path, str(images), share, told)) for rank in range(2)]
+        for rank in ranks:
+            rank.start()
+        found = sorted(told.get(timeout=120) for _ in ranks)
+        for rank in ranks:
+            rank.join(60)
+        return found
+
+    assert both(0.5) == [(0, {3: 4}, (1,), 2), (1, {3: 4}, (1,), 0)]
+    first, second = both(0.01)
+    assert first[1] == "UserError"
+    assert second[1] == "RankFailed"
+    assert "1 of 7 samples are bad, more than data.max_bad_share=0.01" in first[2]
+    assert first[2] in second[2]
 
 
 def test_fewer_images_than_a_step_takes_is_told(tmp_path, capsys):

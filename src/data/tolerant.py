@@ -103,32 +103,41 @@ def tolerant(
     replaced_by, row, by_row, passing. tasks: those that will make conditions of maps that come with the data; a map from
     which one of them can make none is bad, too. Raises UserError with the list if more than `max_bad_share` are bad.
     """
-    if source.on_bad_sample == "raise":
-        return source
     return without(source, bad_rows(source, folder, workers, say, tasks, leave_out), leave_out)
 
 
 def without(source: Source, skipped: Sequence[dict[str, Any]], leave_out: bool) -> Source:
-    """A source without what `bad_rows` found in it."""
+    """A source without what `bad_rows` found in it; itself where it is to raise."""
+    if source.on_bad_sample == "raise":
+        return source
     if leave_out:
         return GoodSource(source, [s["row"] for s in skipped])
     return TolerantSource(source, {s["row"]: s["by_row"] for s in skipped})
 
 
 def bad_rows(
-    source: Source, folder: Path, workers: int, say: Callable[[str], None], tasks: Sequence[Task], leave_out: bool
+    source: Source,
+    folder: Path,
+    workers: int,
+    say: Callable[[str], None],
+    tasks: Sequence[Task],
+    leave_out: bool,
+    beat: Callable[[], None] = lambda: None,
 ) -> list[dict[str, Any]]:
-    """The list of bad samples, read or made; see `tolerant`."""
+    """The list of bad samples, read or made; see `tolerant`. Nothing is bad where the source is to raise. beat: is called
+    after each sample that was read."""
+    if source.on_bad_sample == "raise":
+        return []
     readers = [task for task in tasks if task.signal in source.signals]
     key = [source.fingerprint(), *sorted(f"{sorted(task.settings().items())}" for task in readers)]
     key += ["left out"] if leave_out else []
     file = folder / f"skipped-{hashlib.blake2b('|'.join(key).encode(), digest_size=8).hexdigest()}.jsonl"
     if not file.is_file():
         say(f"data.on_bad_sample=skip: reading all {len(source)} samples of {source.name} once, to find the bad ones")
-        _write(file, _listed(source, _reasons(source, range(0, len(source), source.copies), workers, readers), leave_out))
+        _write(file, _listed(source, _reasons(source, range(0, len(source), source.copies), workers, readers, beat), leave_out))
     skipped = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     if passing := [s["row"] for s in skipped if s["passing"]]:
-        still = _reasons(source, [row for row in passing if row % source.copies == 0], workers, readers)
+        still = _reasons(source, [row for row in passing if row % source.copies == 0], workers, readers, beat)
         bad = {s["row"]: (s["reason"], s["fix"], False) for s in skipped if not s["passing"]} | still
         if len(bad) < len(skipped):
             say(f"{len(skipped) - len(bad)} of {len(skipped)} bad samples of {source.name} can be read now")
@@ -147,10 +156,15 @@ def bad_rows(
     return skipped
 
 
-def _reasons(source: Source, rows: Sequence[int], workers: int, tasks: Sequence[Task]) -> dict[int, Why]:
+def _reasons(
+    source: Source, rows: Sequence[int], workers: int, tasks: Sequence[Task], beat: Callable[[], None]
+) -> dict[int, Why]:
     """The bad ones of some rows and of their copies, with the reason, the fix, and whether it may pass by itself."""
-    reasons = DataLoader(_Reasons(source, rows, tasks), batch_size=None, num_workers=workers)
-    return {row + k: why for row, why in zip(rows, reasons, strict=True) if why for k in range(source.copies)}
+    found = {}
+    for row, why in zip(rows, DataLoader(_Reasons(source, rows, tasks), batch_size=None, num_workers=workers), strict=True):
+        found |= {row + k: why for k in range(source.copies)} if why else {}
+        beat()
+    return found
 
 
 def _listed(source: Source, bad: dict[int, Why], leave_out: bool) -> list[dict[str, Any]]:

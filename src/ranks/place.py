@@ -6,6 +6,7 @@ memory, so that no step waits for a GPU.
 
 import datetime
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -16,6 +17,7 @@ from torch import Tensor
 from src.types import UserError
 
 T = TypeVar("T")
+BEAT_S = 5.0  # while the others wait for long work of the first
 
 
 def device_count(hardware: Mapping[str, Any]) -> int:
@@ -94,15 +96,29 @@ class Ranks:
 
     def first_does(self, work: Callable[[], T]) -> T:
         """What `work` gives on the first rank, on all. Raises its error there, and `RankFailed` on the others."""
+        return self.first_works(lambda _: work())
+
+    def first_works(self, work: Callable[[Callable[[], None]], T]) -> T:
+        """`first_does` of what may take longer than ranks wait for each other: work calls what it is given whenever it has got
+        on a little, and the others hear of it every `BEAT_S`."""
         if not self.several:
-            return work()
-        value, error = None, None
+            return work(lambda: None)
+        value, error, told = None, None, time.monotonic()
+
+        def beat() -> None:
+            nonlocal told
+            if time.monotonic() - told > BEAT_S:
+                self.agree((False, None, None))
+                told = time.monotonic()
+
         if self.first:
             try:
-                value = work()
+                value = work(beat)
             except Exception as found:
                 error = found
-        value, fault = self.agree((value, None if error is None else f"{type(error).__name__}: {error}"))
+        done, fault = False, None if error is None else f"{type(error).__name__}: {error}"
+        while not done:
+            done, value, fault = self.agree((True, value, fault))
         if error is not None:
             raise error
         if fault is not None:
