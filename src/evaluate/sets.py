@@ -107,9 +107,6 @@ def plan_set(cfg: DictConfig, task: Task, trained: bool, resolution: int, said: 
         raise UserError(f"n={count}, but evaluation_set={chosen.name} has {images} images; write n={images}, or n=null for all")
     if count < 2:
         raise UserError(f"evaluation_set={chosen.name} has {count} images: with one there is no other's condition")
-    sizes = {source.size_of(row) for row in range(count)}
-    if len(sizes) > 1:
-        raise UserError(f"evaluation_set.split={chosen.split} has images of {len(sizes)} sizes; write data.buckets=null")
     check_seen(task, source, trained)
     framing = framing_of(source)
     source = tolerant(source, Path(cfg.cache_dir), cfg.hardware.workers, said, [task], leave_out=True)
@@ -120,6 +117,9 @@ def plan_set(cfg: DictConfig, task: Task, trained: bool, resolution: int, said: 
             )
         said(f"evaluation_set={chosen.name}: n={len(source)}, where {count} were asked for: bad samples are left out")
         count = len(source)
+    sizes = {source.size_of(row) for row in range(count)}
+    if len(sizes) > 1:
+        raise UserError(f"evaluation_set.split={chosen.split} has images of {len(sizes)} sizes; write data.buckets=null")
     return Plan(chosen.name, chosen.split, chosen.seed, First(source, count) if count < len(source) else source, framing)
 
 
