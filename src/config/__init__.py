@@ -66,9 +66,7 @@ def composed(request: Request) -> tuple[DictConfig, list[str]]:
 Early = Callable[[DictConfig, Mapping[str, Any]], None]  # of a configuration, and of which yaml each of its groups is
 
 
-def preflight(
-    config_name: str, argv: list[str], config_dir: str | Path = CONF, early: Early | None = None
-) -> "Sweep | None":
+def preflight(config_name: str, argv: list[str], config_dir: str | Path = CONF, early: Early | None = None) -> "Sweep | None":
     """Check a command line (`argv` without the program's name) before Hydra sees it. -> the sweep that it asks for, if any.
 
     Prints `error: <place>: <key>=<value> <fault>` on stderr, or a list of such faults, and exits 2 if it is wrong. Help,
