@@ -147,4 +147,5 @@ class Batches:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device or the machine had no room: torch raises a type of its own on a GPU, and a plain one on a CPU."""
     said = str(error)
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "out of memory" in said or "can't allocate memory" in said
+    words = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(part in said for part in words)

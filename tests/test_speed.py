@@ -2,6 +2,9 @@
 
 import json
 import shlex
+import types
+import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -53,12 +56,13 @@ def test_switches_are_timed_in_turns_with_a_state_that_is_made_once(tmp_path, fa
     assert found["shared_2"]["memory_ratio"] > 1  # two adapters
     assert found["adamw8bit"] == {"skipped": "needs a GPU"}
     assert found["graphs"] == {"skipped": "needs a GPU"}
-    told = json.loads((write(cfg, found, list(found)) / "speed.json").read_text())
+    (folder := tmp_path / "speed" / "stamp").mkdir(parents=True)
+    write(cfg, found, list(found), folder)
+    told = json.loads((folder / "speed.json").read_text())
     assert told["switches"].keys() == found.keys()
     assert told["device"].startswith("cpu: ")
     assert {"tf32_matmul", "tf32_conv", "cudnn_benchmark", "attention_enabled", "threads"} <= told["flags"].keys()
     assert {"date", "git_sha", "command", "versions"} <= told.keys()
-    assert list(tmp_path.glob("speed_unicon_half_sd3_tiny/*/speed.json"))
     printed = markdown([tmp_path])
     one = found["reuse_2"]
     assert f"| reuse_2 | {one['plain_ms']['median']:.1f} [" in printed
@@ -66,6 +70,63 @@ def test_switches_are_timed_in_turns_with_a_state_that_is_made_once(tmp_path, fa
     assert "adamw8bit was skipped: needs a GPU." in printed
     assert told["git_sha"][:12] in printed
     assert told["device"] in printed
+
+
+def played(monkeypatch, faults):
+    """Have sides and their times stand in for real ones. faults: switch -> what it raises. -> the speed.json that stood there
+    when each side was made, with how many sides were alive."""
+    alive, seen = weakref.WeakSet(), []
+
+    class Side:
+        peak_bytes, pass_bytes = 2**20, 0
+
+        def __init__(self, cfg, switch, warm_up):
+            alive.add(self)
+            files = list(Path(cfg.output_dir).rglob("speed.json"))
+            seen.append((json.loads(files[0].read_text())["switches"] if files else {}, len(alive)))
+            self.switch, self.steps = switch, types.SimpleNamespace(time=lambda rounds: 1.0)
+            for name, error in faults.items():
+                if switch is (SWITCHES | {"plain": PLAIN})[name]:
+                    raise error
+
+    monkeypatch.setattr(speed, "Setting", Side)
+    return seen
+
+
+def test_a_switch_that_fails_is_told_and_the_others_go_on(tmp_path, monkeypatch, capsys):
+    faults = {"int8": RuntimeError("no kernel | here\nand more"), "fused": torch.OutOfMemoryError("CUDA out of memory.")}
+    seen = played(monkeypatch, faults)
+    with pytest.raises(SystemExit) as left:
+        speed.main(configured("adapter=unicon_half", f"output_dir={tmp_path}"), ["int8", "fused", "graphs", "reuse_2"])
+    assert left.value.code == 1
+    out, err = capsys.readouterr()
+    assert "int8             failed: the switch: RuntimeError: no kernel | here\n" in err
+    assert "fused            out of memory: the switch: OutOfMemoryError: CUDA out of memory.\n" in err
+    assert "reuse_2          1.00x" in out
+    folder = Path(out.splitlines()[-1].removeprefix("run: "))
+    told = json.loads((folder / "speed.json").read_text())["switches"]
+    assert list(told) == ["int8", "fused", "graphs", "reuse_2"]
+    assert told["int8"] == {"failed": "the switch: RuntimeError: no kernel | here"}
+    assert told["fused"] == {"oom": "the switch: OutOfMemoryError: CUDA out of memory."}
+    # a plain side and a switched one for each; the file grows from switch to switch, and nothing of a failed one is kept
+    assert [list(file) for file, _ in seen] == [[], [], ["int8"], ["int8"], *[["int8", "fused", "graphs"]] * 2]
+    assert [count for _, count in seen] == [1, 2] * 3
+    assert [file.name for file in folder.iterdir()] == ["speed.json"]
+    printed = markdown([tmp_path])
+    assert "| int8 | - | failed | - | - | - |" in printed
+    assert "| fused | - | out of memory | - | - | - |" in printed
+    assert "fused out of memory: the switch: OutOfMemoryError: CUDA out of memory.\n" in printed
+    assert "graphs was skipped: needs a GPU." in printed
+
+
+def test_a_plain_side_that_does_not_fit_is_not_blamed_on_the_switch(tmp_path, monkeypatch):
+    played(monkeypatch, {"plain": RuntimeError("DefaultCPUAllocator: can't allocate memory")})
+    with pytest.raises(SystemExit) as left:
+        speed.main(configured("adapter=unicon_half", f"output_dir={tmp_path}"), ["fused"])
+    assert left.value.code == 3
+    (file,) = tmp_path.rglob("speed.json")
+    (one,) = json.loads(file.read_text())["switches"].values()
+    assert one["oom"].startswith("the plain training: RuntimeError: ")
 
 
 def test_a_pass_made_ahead_is_one_per_step_when_timed_over_several(facts):

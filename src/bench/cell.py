@@ -17,6 +17,7 @@ from src.bench.words import lines
 from src.profiling.device import device_name as name_of_device
 from src.results import CostResult, dated_origin, write_cost
 from src.runs import new_run
+from src.sampling import is_out_of_memory
 from src.support import NOT_OPTIONS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,17 +58,15 @@ def run(cfg: DictConfig) -> Path:
         if not is_out_of_memory(error):
             raise
         result = row(cell, None, NOTHING | {"attention": ()}, predicted, "oom", size)
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        line = f"out of memory: {first} (estimated {told['peak_mem_gib']:.1f} GiB at the peak, in the {told['peak_when']})"
+        estimated = f"estimated {told['peak_mem_gib']:.1f} GiB at the peak, in the {told['peak_when']}"
+        line = f"out of memory: {first_line(error)} ({estimated})"
         raise OutOfMemory(_write(cell, result, ended=False), line) from error
     return _write(cell, row(cell, adapter, found, predicted))
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out on a GPU or, by torch's own allocator, on a CPU."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return "can't allocate memory" in str(error) or "not enough memory" in str(error)
+def first_line(error: BaseException) -> str:
+    """What an exception says, in a line; its name where it says nothing."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def row(

@@ -15,6 +15,7 @@ from typing import Any
 from src.vocabulary import UserError, refused_in_one_line
 
 MIB = 2**20
+WITHOUT_NUMBERS = {"skipped": "skipped", "oom": "out of memory", "failed": "failed"}  # of a switch: its reason stands there
 
 
 def spread(entry: dict[str, Any], unit: str = "", digits: int = 2) -> str:
@@ -43,14 +44,16 @@ def provenance(told: dict[str, Any]) -> Iterator[str]:
 
 
 def of_speed(told: dict[str, Any]) -> Iterator[str]:
-    """Each switch against the plain training, in the order of the file; what was skipped, with its reason."""
+    """Each switch against the plain training, in the order of the file; what has no numbers, with its reason below."""
     cfg, switches = told["configuration"], told["switches"]
     size = f"{cfg['resolution']} px, {cfg['hardware']['micro_batch']} images at once, {cfg['hardware']['precision']}"
     yield f"### Switches: {cfg['adapter']['name']} on {cfg['backbone']['name']}, {size}"
     yield ""
-    measured = {name: one for name, one in switches.items() if "skipped" not in one}
+    why = {name: kind for name, one in switches.items() for kind in WITHOUT_NUMBERS if kind in one}
     cells = [
-        [
+        [name, "-", WITHOUT_NUMBERS[why[name]], *["-"] * 3]
+        if name in why
+        else [
             name,
             spread(one["plain_ms"], digits=1),
             spread(one["step_ms"], digits=1),
@@ -58,14 +61,15 @@ def of_speed(told: dict[str, Any]) -> Iterator[str]:
             f"{one['peak_bytes'] / MIB:.0f}",
             f"{one['memory_ratio']:.2f}x",
         ]
-        for name, one in measured.items()
+        for name, one in switches.items()
+        if why.get(name) != "skipped"
     ]
     yield from rows(["switch", "plain, ms", "switched, ms per adapter", "speed", "peak, MiB", "memory"], cells)
     yield ""
     yield "Median [quartiles] of turns; speed above 1x is faster; memory below 1x is less, of all adapters together."
-    for name, one in switches.items():
-        if "skipped" in one:
-            yield f"{name} was skipped: {one['skipped']}."
+    for name, kind in why.items():
+        reason = str(switches[name][kind]).removesuffix(".")
+        yield f"{name} {'was skipped' if kind == 'skipped' else WITHOUT_NUMBERS[kind]}: {reason}."
     yield from provenance(told)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from src.bench.flags import torch_flags
 from src.profiling.device import device_name
-from src.results import dated_origin
+from src.results import dated_origin, write_atomic
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -30,5 +30,5 @@ def stamped(output_dir: str | Path, name: str) -> Path:
 
 
 def leave(told: dict[str, Any], folder: Path) -> None:
-    """Write `told` as <kind>.json."""
-    (folder / f"{told['kind']}.json").write_text(json.dumps(told, indent=1))
+    """Write `told` as <kind>.json, in one step."""
+    write_atomic(folder / f"{told['kind']}.json", json.dumps(told, indent=1).encode())

@@ -5,8 +5,10 @@
 
 The other words are those of src.train. Plain and switched steps take turns, so that a machine that slows down slows both;
 what is told is the ratio of neighbours, and of the peaks in memory. Each side keeps its optimizer between its turns. The last
-line printed is `run: <folder>`; speed.json is there, and `python -m src.bench.markdown <folder>` makes a table of it. Weights
-of full-size backbones are random: speed does not depend on them.
+line printed is `run: <folder>`; speed.json is there, and `python -m src.bench.markdown <folder>` makes a table of it. A switch
+that fails is told with its reason, and the others go on; the file is written after each. Exit code 1: a switch failed; 3: for
+one there was too little memory, and nothing else failed. Weights of full-size backbones are random: speed does not depend on
+them.
 """
 
 import gc
@@ -19,11 +21,13 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from src.bench.markdown import WITHOUT_NUMBERS
 from src.config import cli, resolve_hardware
 from src.config.messages import nearest
 from src.vocabulary import UserError, refused_in_one_line
 
 ROUNDS, WARM_UP = 15, 3  # pairs of steps that are timed, and steps of each before
+LONGEST_REASON = 300  # characters of what an exception says
 
 
 @dataclass(frozen=True)
@@ -155,6 +159,7 @@ def main(cfg: DictConfig, chosen: list[str]) -> None:
     import torch
 
     from src import build
+    from src.bench.origin import stamped
     from src.bench.plan import shape_of
     from src.construct import construct
     from src.fit import changed
@@ -170,12 +175,29 @@ def main(cfg: DictConfig, chosen: list[str]) -> None:
     hollow = hollow_adapter(backbone, lambda h: build.new_adapter(cfg, h, training=False), cfg.hardware.precision)
     if hollow.grad_through_backbone:
         raise UserError(f"adapter={cfg.adapter.name}: its gradient crosses the backbone; these switches are for adapter=unicon")
-    write(cfg, measured(cfg, backbone.facts, chosen or list(SWITCHES)), chosen)
+    folder = stamped(cfg.output_dir, f"speed_{cfg.adapter.name}_{cfg.backbone.name}")
+    found = measured(cfg, backbone.facts, chosen or list(SWITCHES), lambda found: write(cfg, found, chosen, folder))
+    print(f"run: {folder}", flush=True)
+    if code := exit_code(found):
+        raise SystemExit(code)
 
 
-def measured(cfg: DictConfig, facts: Any, names: list[str], rounds: int = ROUNDS, warm_up: int = WARM_UP) -> dict[str, Any]:
-    """name -> what `pairs` finds of a switch, or {"skipped": reason}. Each is told in a line."""
+def measured(
+    cfg: DictConfig,
+    facts: Any,
+    names: list[str],
+    keep: Callable[[dict[str, Any]], None] = lambda found: None,
+    rounds: int = ROUNDS,
+    warm_up: int = WARM_UP,
+) -> dict[str, Any]:
+    """name -> what `pairs` finds of a switch, or the reason why not: {"skipped": ...}, {"oom": ...} or {"failed": ...}.
+
+    Each is told in a line, and keep gets all so far. Behind a fault, which may have come in the middle of one of its steps, the
+    plain side is made anew.
+    """
     import torch
+
+    from src.faults import free_memory
 
     found: dict[str, Any] = {}
     plain = None
@@ -183,20 +205,52 @@ def measured(cfg: DictConfig, facts: Any, names: list[str], rounds: int = ROUNDS
         switch = SWITCHES[name]
         if reason := switch.refused(cfg, facts):
             found[name] = {"skipped": reason}
-            print(f"{name:<16} skipped: {reason}", flush=True)
-            continue
-        plain = plain or Setting(cfg, PLAIN, warm_up)
-        one = found[name] = pairs(plain, Setting(cfg, switch, warm_up), rounds)
-        low, high = one["ratio"]["quartiles"]
-        speed = f"{one['ratio']['median']:.2f}x [{low:.2f}, {high:.2f}]"
-        print(f"{name:<16} {speed}, memory {one['memory_ratio']:.2f}x", flush=True)
-        torch.compiler.reset()  # what it compiled would keep the switch's networks alive
+        else:
+            try:
+                plain = plain or Setting(cfg, PLAIN, warm_up)
+                found[name] = pairs(plain, Setting(cfg, switch, warm_up), rounds)
+            except Exception as error:
+                found[name], plain = fault(error, "the switch" if plain else "the plain training"), None
+                free_memory(error)
+            torch.compiler.reset()  # what it compiled would keep the switch's networks alive
+        say(name, found[name])
+        keep(found)
     return found
 
 
-def write(cfg: DictConfig, found: dict[str, Any], chosen: list[str]) -> Path:
-    """Leave speed.json below `output_dir`. -> its folder. chosen: names that were typed."""
-    from src.bench.origin import leave, origin_of_times, stamped
+def fault(error: Exception, side: str) -> dict[str, str]:
+    """What stands in the place of numbers: the reason, under "oom" or "failed". side: which was at work."""
+    from src.bench.cell import first_line
+    from src.sampling import is_out_of_memory
+
+    kind, name = "oom" if is_out_of_memory(error) else "failed", type(error).__name__
+    said = first_line(error)[:LONGEST_REASON]
+    return {kind: f"{side}: {said}" if said == name or isinstance(error, UserError) else f"{side}: {name}: {said}"}
+
+
+def say(name: str, one: dict[str, Any]) -> None:
+    """A line for a switch; of a fault on stderr."""
+    for kind, words in WITHOUT_NUMBERS.items():
+        if kind in one:
+            print(f"{name:<16} {words}: {one[kind]}", file=sys.stdout if kind == "skipped" else sys.stderr, flush=True)
+            return
+    low, high = one["ratio"]["quartiles"]
+    speed = f"{one['ratio']['median']:.2f}x [{low:.2f}, {high:.2f}]"
+    print(f"{name:<16} {speed}, memory {one['memory_ratio']:.2f}x", flush=True)
+
+
+def exit_code(found: dict[str, Any]) -> int:
+    """1 if a switch failed, 3 if memory ran out and that was all, 0 otherwise."""
+    from src.bench.cell import OUT_OF_MEMORY
+
+    if any("failed" in one for one in found.values()):
+        return 1
+    return OUT_OF_MEMORY if any("oom" in one for one in found.values()) else 0
+
+
+def write(cfg: DictConfig, found: dict[str, Any], chosen: list[str], folder: Path) -> None:
+    """Leave speed.json in a folder, in the place of one with fewer switches. chosen: names that were typed."""
+    from src.bench.origin import leave, origin_of_times
 
     typed = " ".join(["src.bench.speed", *([",".join(chosen)] if chosen else [])])
     origin = origin_of_times(cfg.hardware.accelerator == "gpu")
@@ -207,10 +261,7 @@ def write(cfg: DictConfig, found: dict[str, Any], chosen: list[str]) -> Path:
         **origin,
         "command": origin["command"].replace("src.bench.speed", typed, 1),  # the names were taken out of sys.argv
     }
-    folder = stamped(cfg.output_dir, f"speed_{cfg.adapter.name}_{cfg.backbone.name}")
     leave(told, folder)
-    print(f"run: {folder}", flush=True)
-    return folder
 
 
 def split_words(argv: list[str]) -> tuple[list[str], list[str]]:
