@@ -475,11 +475,25 @@ def test_another_error_of_a_measurement_is_not_called_memory(tmp_path, monkeypat
     assert not list(tmp_path.rglob("results.json"))
 
 
-def test_mfu_leaves_out_what_is_recomputed_and_other_devices(monkeypatch):
+def test_mfu_leaves_out_what_is_recomputed():
     made = planned("hardware=h200", "hardware.precision=bf16-mixed")
     flops = {"frozen_forward": 4e12, "adapter_forward": 3e12, "backward": 9e12, "recomputed": 2e12, "optimizer": 1e12}
     found = {"flops": flops, "step_time_ms": {"total": spread([28.0])}}
-    monkeypatch.setattr(cells, "device_name", lambda _cfg: "NVIDIA H200")
     assert cells.mfu(made, found) == pytest.approx(14e12 / (28.0 * 989e9))
-    monkeypatch.setattr(cells, "device_name", lambda _cfg: "NVIDIA H100 80GB HBM3")
+    made.rates = None
     assert cells.mfu(made, found) is None
+
+
+def test_a_measurement_is_held_against_no_rates_of_another_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name, profile, theirs in (
+        ("NVIDIA H100 80GB HBM3", "h100", None),
+        ("NVIDIA H100 80GB HBM3", "gpu_80g", "A100-SXM4-80GB"),
+        ("NVIDIA GH200 480GB", "h200", "H200"),
+    ):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda name=name: name)
+        made = planned(f"hardware={profile}", "mode=measure")
+        assert (made.rates is None) == bool(theirs)
+        line = f"hardware={profile} has the rates of {theirs}, and this is {name}: no bound on time, no MFU"
+        assert made.said == ([line] if theirs else [])
+        assert planned(f"hardware={profile}").rates is not None  # an estimate is for the GPU that the profile names

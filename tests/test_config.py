@@ -334,15 +334,38 @@ def test_auto_is_the_cpu_profile_without_a_gpu_and_says_so(capsys):
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize(("gib", "profile"), [(12, "gpu_24g"), (24, "gpu_24g"), (79.2, "gpu_80g"), (139.8, "h200")])
-def test_auto_follows_the_memory_of_the_gpu(gib, profile, monkeypatch):
-    facts = types.SimpleNamespace(name="a card", total_memory=int(gib * 2**30))
+AUTO = [
+    ("a card", 12, "gpu_24g", None),
+    ("a card", 24, "gpu_24g", None),
+    ("a card", 79.2, "gpu_80g", None),
+    ("NVIDIA GeForce RTX 4090", 23.5, "gpu_24g", 1008),
+    ("NVIDIA A100-SXM4-80GB", 79.2, "gpu_80g", 2039),
+    ("NVIDIA A100-SXM4-40GB", 39.4, "gpu_24g", None),
+    ("NVIDIA H100 80GB HBM3", 79.2, "h100", 3350),
+    ("NVIDIA H100 PCIe", 79.2, "gpu_80g", None),
+    ("NVIDIA H200", 139.8, "h200", 4800),
+    ("NVIDIA H200 MIG 1g.18gb", 16, "gpu_24g", None),
+    ("NVIDIA GH200 480GB", 139.8, "h200", None),
+    ("NVIDIA B200", 178.4, "h200", None),
+]
+
+
+@pytest.mark.parametrize(("name", "gib", "profile", "bandwidth"), AUTO)
+def test_auto_follows_the_memory_of_the_gpu_and_has_no_rates_of_another(name, gib, profile, bandwidth, monkeypatch, capsys):
+    facts = types.SimpleNamespace(name=name, total_memory=int(gib * 2**30))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: facts)
     hardware = resolve_hardware(load("train")).hardware
     assert (hardware.name, hardware.accelerator, hardware.precision) == (profile, "gpu", "bf16-mixed")
     assert hardware.memory_gib <= gib + 0.01
+    assert hardware.rates.get("bandwidth_gb_s") == bandwidth
+    assert ("its rates are not known: no bound on time, no MFU" in capsys.readouterr().out) == (bandwidth is None)
+    assert hardware.keys() == load("train", [f"hardware={profile}"]).hardware.keys()
+    own = load("train")
+    own.hardware.rates = {"gpu": "mine"}
+    assert resolve_hardware(own).hardware.rates == {"gpu": "mine"}
+    assert "rates" not in capsys.readouterr().out
 
 
 def test_a_gpu_profile_without_a_gpu_is_refused_when_it_runs():

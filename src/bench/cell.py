@@ -124,9 +124,9 @@ def device_name(cfg: DictConfig) -> str:
 def mfu(cell: Cell, found: dict[str, Any]) -> float | None:
     """Share of the GPU's dense peak that forward and backward reach in the whole step, by FLOPs without recomputation.
 
-    None where the profile's rates are those of another device.
+    None where there are no rates of this device.
     """
-    if cell.rates is None or cell.rates.gpu not in device_name(cell.cfg):
+    if cell.rates is None:
         return None
     flops = found["flops"]
     useful = flops["frozen_forward"] + flops["adapter_forward"] + flops["backward"] - flops["recomputed"]

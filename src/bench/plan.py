@@ -15,10 +15,12 @@ from src.backbones.source import SHAPES, ModelSource
 from src.bench.floor import Floor
 from src.bench.known import check_switches
 from src.config import CONF, resolve_hardware
+from src.config.profiles import is_gpu
 from src.construct import construct
 from src.matching import matched
 from src.objectives import TIME_LAWS
 from src.profiling.counter import Rates
+from src.profiling.device import device_name
 from src.support import check_cell
 from src.types import UserError
 
@@ -47,7 +49,8 @@ class Cell:
 def plan(cfg: DictConfig, say: Callable[[str], None]) -> Cell:
     """Check a composed configuration as far as that is possible without a weight. Raises UserError.
 
-    say: takes one line per decision. In an estimate the profile need not fit this machine.
+    say: takes one line per decision. In an estimate the profile need not fit this machine; a measurement has no use for the
+    rates of another one.
     """
     cfg = cfg.copy()
     if cfg.mode == "measure" or cfg.hardware.accelerator == "auto":
@@ -62,7 +65,19 @@ def plan(cfg: DictConfig, say: Callable[[str], None]) -> Cell:
         cfg, chosen = matched(cfg, backbone)
         if chosen:
             say(chosen)
-    return Cell(cfg, backbone, rates_of(cfg.hardware))
+    return Cell(cfg, backbone, _rates_here(cfg, say))
+
+
+def _rates_here(cfg: DictConfig, say: Callable[[str], None]) -> Rates | None:
+    """What a cell's times may be held against: of a measurement, the rates of the device that it is taken on."""
+    rates = rates_of(cfg.hardware)
+    if rates is None or cfg.mode != "measure":
+        return rates
+    here = device_name(cfg.hardware.accelerator == "gpu")
+    if is_gpu(here, rates.gpu):
+        return rates
+    say(f"hardware={cfg.hardware.name} has the rates of {rates.gpu}, and this is {here}: no bound on time, no MFU")
+    return None
 
 
 def shape_of(node: DictConfig, say: Callable[[str], None]) -> str:

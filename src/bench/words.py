@@ -28,7 +28,7 @@ def _found(row: CostResult) -> Iterator[str]:
     flops = ", ".join(f"{name.replace('_', ' ')} {_tera(n)}" for name, n in row.flops.items() if n)
     yield f"TFLOP: {flops}"
     if row.step_time_ms is None:
-        yield f"no bound on time: hardware={row.hardware} names no GPU's rates"
+        yield f"no bound on time: hardware={row.hardware} has no rates of a GPU"
     elif row.mode == "estimate":
         times = ", ".join(f"{name} {row.step_time_ms[name]:.1f}" for name in ("forward", "backward", "optimizer"))
         arithmetic = f"arithmetic alone {row.arithmetic_ms['total']:.1f}"

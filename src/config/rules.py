@@ -6,20 +6,19 @@ Every refusal names the value that would do.
 import functools
 import hashlib
 import json
-from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf, open_dict
 
-from src.config.compose import COMMAND_LINE, CONF
+from src.config.compose import COMMAND_LINE
 from src.config.devices import check_devices
 from src.config.messages import ConfigError, Gather, Incompatible, Where
+from src.config.profiles import profile, profile_of
 
 GIB = 2**30
 FP8_CAPABILITY = (9, 0)  # CUDA compute capability of Hopper: fp8 products with a scale per row
 # pixels: autoencoder factor 8 x patch 2; a U-Net's depends on its levels, and is asked when its configuration is read
 MULTIPLES = {"src.backbones.mmdit.": 16, "src.backbones.dit.": 16}
-PROFILES = (("h200", 120), ("gpu_80g", 70), ("gpu_24g", 0))  # name, from how many GiB of one device
 # keys of hardware/ that came later: a stored run gets what they stand at in the CPU's profile
 ADDED = ("compile", "cuda_graphs", "channels_last", "fit", "overlap", "nodes", "shard", "timeout_s", "oom")
 # Not science: where things go and how fast they get there. Dotted keys; a prefix covers what is below it.
@@ -38,8 +37,9 @@ NOT_SCIENCE += tuple(f"callbacks.{name}" for name in ("stopper", "checkpoints", 
 def resolve_hardware(cfg: DictConfig, speaks: bool = True) -> DictConfig:
     """A copy of cfg whose hardware is concrete and fits this machine; says in one line each what it decided, if it speaks.
 
-    `auto` takes the profile of conf/hardware/ that fits what torch finds; keys set by hand stay. A micro batch above the
-    effective batch is lowered to it. Raises Incompatible for a GPU profile where there is no such GPU.
+    `auto` takes the profile of conf/hardware/ that fits what torch finds, without its rates if they are another GPU's; keys set
+    by hand stay. A micro batch above the effective batch is lowered to it. Raises Incompatible for a GPU profile where there is
+    no such GPU.
     """
     import torch  # here and below, where it is asked: whoever is refused before need not wait for it
 
@@ -81,38 +81,27 @@ def _concrete(hardware: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         return of_today(hardware), []
     import torch
 
-    name, found = "cpu", "no GPU"
+    chosen, found = profile("cpu"), "no GPU"
+    set_by_hand = {k: v for k, v in hardware.items() if v is not None and k not in ("name", "accelerator")}
     if torch.cuda.is_available():
         facts = torch.cuda.get_device_properties(0)
         memory = facts.total_memory / GIB
-        name, found = next(p for p, least in PROFILES if memory >= least), f"{facts.name}, {memory:.0f} GiB"
-        profile = _profile(name)
-        profile["memory_gib"] = min(profile["memory_gib"], memory)
-    else:
-        profile = _profile(name)
-    set_by_hand = {k: v for k, v in hardware.items() if v is not None and k not in ("name", "accelerator")}
-    return {**profile, **set_by_hand}, [f"hardware=auto is {name} here ({found})"]
+        chosen, found = profile_of(facts.name, memory), f"{facts.name}, {memory:.0f} GiB"
+        if not chosen["rates"] and "rates" not in set_by_hand:
+            found += "; its rates are not known: no bound on time, no MFU"
+    return {**chosen, **set_by_hand}, [f"hardware=auto is {chosen['name']} here ({found})"]
 
 
 def of_today(hardware: dict[str, Any]) -> dict[str, Any]:
     """The node of a stored run, which may be from before some keys: those get what they stand at in the CPU's profile."""
-    profile = _profile("cpu")
-    added = {k: v for k, v in profile.items() if k in ADDED}
+    today = profile("cpu")
+    added = {k: v for k, v in today.items() if k in ADDED}
     old = {}
     if isinstance(hardware.get("checkpointing"), bool):
         old["checkpointing"] = "both" if hardware["checkpointing"] else "none"
-    if isinstance(hardware.get("compile"), bool) and isinstance(profile["compile"], str):
+    if isinstance(hardware.get("compile"), bool) and isinstance(today["compile"], str):
         old["compile"] = "all" if hardware["compile"] else "none"
     return {**added, **hardware, **old}
-
-
-def _profile(name: str) -> dict[str, Any]:
-    return dict(_read_profile(CONF / "hardware" / f"{name}.yaml"))
-
-
-@functools.cache
-def _read_profile(file: Path) -> dict[str, Any]:
-    return OmegaConf.to_container(OmegaConf.load(file))  # type: ignore[return-value]
 
 
 # ---- between keys -----------------------------------------------------------------------------------------------------
