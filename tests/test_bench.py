@@ -13,7 +13,7 @@ from src.bench.estimate import estimate, hollow
 from src.bench.measure import device_memory, measure, spread
 from src.bench.plan import plan, rates_of
 from src.bench.work import Drawing, watch_drawing
-from src.config import load
+from src.config import ConfigError, load
 from src.profiling.counter import OpCounter, Rates, aten
 from src.profiling.device import processor
 from src.profiling.optimizer import ADAMW, FUSED_ADAMW, model_of, prime, state_tensors
@@ -275,6 +275,7 @@ def test_which_optimizers_are_known_by_their_numbers():
     eight = model_of({"_target_": "bitsandbytes.optim.AdamW8bit"})
     assert 2 < eight.state_bytes < 2.1
     assert model_of({"_target_": "torch.optim.SGD"}) is None
+    assert model_of({"_target_": "bitsandbytes.optim.Lion8bit"}) is None  # one moment
 
 
 # ---- full size --------------------------------------------------------------------------------------------------------
@@ -424,6 +425,20 @@ def test_an_estimate_through_the_entry(tmp_path):
     assert row.predicted is None
     assert "bound: H200 takes no less than" in done.stdout
     assert (run_folder(done) / "config.yaml").is_file()
+
+
+def test_an_optimizer_that_is_known_by_numbers_is_estimated_without_its_package(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # as where it is not installed
+    monkeypatch.delitem(sys.modules, "bitsandbytes.optim", raising=False)
+    words = ["hardware=h200", "optimizer=adamw8bit", "adapter=unicon_half"]
+    row = read_cost(cells.run(load("bench", [*words, f"output_dir={tmp_path}"])) / "results.json")
+    assert (row.flags["optimizer"], row.flags["optimizer_kernel"]) == ("bitsandbytes.optim.AdamW8bit", "bitsandbytes")
+    assert row.memory_gib["optimizer"] == pytest.approx((2 + 8 / 256) * 1e6 * row.trainable_m / 2**30, rel=1e-3)
+    for refused in (["mode=measure"], ["optimizer.algorithm._target_=bitsandbytes.optim.Lion8bit"]):
+        with pytest.raises(ConfigError, match="pip install bitsandbytes"):
+            load("bench", [*words, *refused])
+    with pytest.raises(ConfigError, match=r"adapter\.blokcs=1 is no argument .*did you mean adapter\.blocks"):
+        load("bench", [*words, "+adapter.blokcs=1"])
 
 
 def test_a_measurement_through_the_entry(tmp_path, capsys):

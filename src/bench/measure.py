@@ -16,6 +16,7 @@ from src.bench.plan import Cell, low_dtype
 from src.bench.work import Drawing, training_step, watch_drawing
 from src.construct import construct
 from src.profiling.counter import OpCounter
+from src.profiling.optimizer import EIGHT_BIT
 from src.profiling.step import Step, watch
 from src.profiling.tracker import GIB
 from src.sampling import denoise, solver_for
@@ -173,7 +174,10 @@ def _autocast(precision: str, device: torch.device) -> Callable[[], AbstractCont
 
 
 def kernel_of(cell: Cell) -> str | None:
-    """How the optimizer's step is done; None where nothing trains."""
+    """How the optimizer's step is done; None where nothing trains. Imports no package that only a measurement needs."""
     if not cell.trains:
         return None
-    return optimizer_kernel(construct(cell.cfg.optimizer.algorithm), cell.cfg.hardware.accelerator == "gpu")
+    node = cell.cfg.optimizer.algorithm
+    if node["_target_"] in EIGHT_BIT:
+        return node["_target_"].partition(".")[0]
+    return optimizer_kernel(construct(node), cell.cfg.hardware.accelerator == "gpu")
