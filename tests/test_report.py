@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from src.bench.measure import latencies
 from src.config import load
 from src.metrics.intervals import bootstrap_ci
 from src.plots import GRID_COLUMNS, plot_grid, read_grid
@@ -513,14 +514,19 @@ def test_the_csv_says_what_a_number_may_be_compared_with(run, tmp_path):
 
 
 def test_latency_has_a_column_and_a_line(cell, tmp_path):
-    spread = {"median": 7.5, "quartiles": [7.0, 8.0], "n": 20}
-    sampling = {"steps": 20, "guidance": 3.0, "batch": 8}
-    cell("a", what="inference", sampling=sampling, latency_ms=dict.fromkeys(("condition", "step", "image"), spread))
+    measured = latencies([4.0, 5.0, 6.0], [2.0, 2.0, 2.0], 20)  # as the benchmark takes them, of batches of 4
+    cell("a", what="inference", sampling={"steps": 20, "guidance": 3.0, "batch": 8}, latency_ms=measured)
     found = read_all([tmp_path / "runs"])
     (group,) = cost_groups(found.costs)
     table = time_table(group)
-    assert table.rows[0][table.columns.index("latency of an image, ms")].text == "7.50 [7.00, 8.00]"
-    assert "latency_ms.image,7.5,7.0,8.0,20,ms" in cost_csv(found.costs)
+    shown = {title: row.text for title, row in zip(table.columns, table.rows[0], strict=True) if title.startswith("latency")}
+    assert shown == {
+        "latency of a condition, ms": "5.00 [4.50, 5.50]",
+        "latency of a step, ms": "2.00 [2.00, 2.00]",
+        "latency of a batch, ms": "45.00 [44.50, 45.50]",
+        "latency per image, ms": "11.25 [11.12, 11.38]",
+    }
+    assert "latency_ms.batch,45.0,44.5,45.5,3,ms" in cost_csv(found.costs)
     cell("b")
     (other,) = cost_groups(read_all([tmp_path / "runs" / "b"]).costs)
     assert not [title for title in time_table(other).columns if "latency" in title]

@@ -242,6 +242,16 @@ def test_refusals_of_costs_name_the_field(tmp_path, field, value, said):
         read_cost(path)
 
 
+def test_drawing_that_was_measured_has_its_latency(tmp_path):
+    row = cost_fields() | {"what": "inference", "sampling": {"steps": 20}}
+    spread = row["step_time_ms"]["total"]
+    for names, missing in ((None, "condition"), (("condition", "step", "image"), "batch")):
+        with pytest.raises(ResultError, match=rf"latency_ms\.{missing} is missing"):
+            write_cost(tmp_path / "results.json", row | {"latency_ms": names and dict.fromkeys(names, spread)})
+    write_cost(tmp_path / "results.json", row | {"latency_ms": dict.fromkeys(("condition", "step", "batch"), spread)})
+    write_cost(tmp_path / "estimate.json", cost_fields("estimate") | {"what": "inference", "sampling": {"steps": 20}})
+
+
 def test_a_cell_that_ran_out_of_memory_has_no_numbers(tmp_path):
     found = ("peak_mem_gib", "peak_when", "memory_gib", "saved_gib", "phases_gib", "flops", "step_time_ms", "img_per_s")
     row = cost_fields() | dict.fromkeys(found) | {"status": "oom", "predicted": {"peak_mem_gib": 150.0}}

@@ -128,11 +128,16 @@ def _draw(cell: Cell, adapter: Any, device: torch.device) -> dict[str, Any]:
     clock.wait()
     once = [clock.between_ms(r[0], r[1]) for r in rows]
     steps = [clock.between_ms(r[1], r[2]) / cfg.steps for r in rows]
-    whole = [a + cfg.steps * b for a, b in zip(once, steps, strict=True)]
     nothing = spread([0.0] * len(rows))
     times = {"forward": spread(steps), "backward": nothing, "optimizer": nothing, "total": spread(steps)}
-    latency = {"condition": spread(once), "step": spread(steps), "batch": spread(whole)}
+    latency = latencies(once, steps, cfg.steps)
     return found | {"step_time_ms": times, "latency_ms": latency, "img_per_s": 1000 * cfg.batch / latency["batch"]["median"]}
+
+
+def latencies(once: Sequence[float], steps: Sequence[float], count: int) -> dict[str, Any]:
+    """The `latency_ms` of a row. once: ms of encoding the conditions, of each batch; steps: of a solver step, out of count."""
+    whole = [a + count * b for a, b in zip(once, steps, strict=True)]
+    return {"condition": spread(once), "step": spread(steps), "batch": spread(whole)}
 
 
 def _picture(cell: Cell, drawing: Drawing) -> Callable[[TextCond], Tensor]:

@@ -9,9 +9,7 @@ from src.report.groups import Group, said
 from src.report.names import cost_names
 from src.report.rows import CostRow
 from src.report.tables import Cell, Table, number
-from src.results.cost import FLOPS, MEMORY, PHASES
-
-LATENCY = {"condition": "a condition", "step": "a step", "image": "an image"}
+from src.results.cost import FLOPS, LATENCY, MEMORY, PHASES
 
 SAID = ("compile", "optimizer", "optimizer_kernel", "quantize", "tf32_matmul", "channels_last", "ema", "threads")
 WORDS = {"frozen_weights": "frozen weights", "trainable_weights": "trained weights", "ema": "average"}
@@ -52,23 +50,32 @@ def time_table(group: Group[CostRow]) -> Table:
     for row, name in zip(group.rows, cost_names(group.rows), strict=True):
         r, of = row.result, (row.place,)
         if r.status == "oom":
-            table.append([Cell(name), *[Cell("")] * (len(FLOPS) + len(PHASES) + len(LATENCY) + 2)])
+            table.append([Cell(name), *[Cell("")] * (len(FLOPS) + len(PHASES) + len(LATENCY) + 3)])
             continue
         cells = [Cell(name)]
         cells += [Cell(number(r.flops[p] / 1e9), r.flops[p] / 1e9, of, words(p), unit="GFLOP") for p in FLOPS]
         times = r.step_time_ms or {}
         cells += [time_cell(times.get(p), times.get("bound", False), of, words(p)) for p in PHASES]
-        cells += [time_cell((r.latency_ms or {}).get(p), times.get("bound", False), of, f"latency, {p}") for p in LATENCY]
+        latency = r.latency_ms or {}
+        cells += [time_cell(latency.get(p), False, of, f"latency, {p}") for p in LATENCY]
+        cells.append(time_cell(_over(latency.get("batch"), r.batch), False, of, "latency, per image"))
         cells.append(Cell("") if r.img_per_s is None else Cell(f"{r.img_per_s:,.2f}", r.img_per_s, of, "images/s"))
         cells.append(Cell("") if r.mfu is None else Cell(f"{100 * r.mfu:.1f} %", r.mfu, of, "MFU"))
         table.append(cells)
     titles = [*(f"{words(p)}, GFLOP" for p in FLOPS), *(f"{words(p)}, ms" for p in PHASES)]
-    titles += [f"latency of {word}, ms" for word in LATENCY.values()]  # of drawing pictures alone
+    titles += [*(f"latency of a {part}, ms" for part in LATENCY), "latency per image, ms"]  # of drawing pictures alone
     bound = group.conditions["mode"] == "estimate"
     rates = group.conditions.get("rates") or {}
     about = f"Lower bounds from the rates of {rates.get('gpu')}." if bound and rates else ""
     about = about or ("No bound on time: no rates are known for this device." if bound else "Medians with quartiles.")
     return Table(["adapter", *titles, "images/s", "MFU"], table, f"Operations and time of one step. {about}")
+
+
+def _over(entry: Any, count: int) -> Any:
+    """A measured time over how many share it."""
+    if entry is None:
+        return None
+    return entry | {"median": entry["median"] / count, "quartiles": [q / count for q in entry["quartiles"]]}
 
 
 def time_cell(entry: Any, bound: bool, of: tuple[str, ...], name: str) -> Cell:

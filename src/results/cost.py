@@ -11,6 +11,7 @@ from src.results.files import read_row, write_row
 MEMORY = ("frozen_weights", "trainable_weights", "gradients", "optimizer", "ema", "activations", "temporaries")
 FLOPS = ("frozen_forward", "adapter_forward", "backward", "optimizer")
 PHASES = ("forward", "backward", "optimizer", "total")
+LATENCY = ("condition", "step", "batch")  # of drawing pictures
 # without these a time or a peak says nothing; rows also carry `overlap`, which is false in each: a cell cannot have it
 FLAGS = (
     "precision", "attention", "attention_enabled", "compile", "cuda_graphs", "checkpointing", "optimizer", "optimizer_kernel",
@@ -156,6 +157,10 @@ def _numbers(cost: CostResult) -> None:
             number(name, getattr(cost, name), 0)
     if (cost.what == "inference") != (cost.sampling is not None):
         raise ResultError(f"sampling is {cost.sampling!r}, and what is {cost.what}")
+    if (cost.what, cost.mode, cost.status) == ("inference", "measure", "done"):
+        for name in LATENCY:
+            if name not in (cost.latency_ms or {}):
+                raise ResultError(f"latency_ms.{name} is missing: pictures were drawn, and that takes time")
 
 
 def _times(cost: CostResult) -> None:
