@@ -3,16 +3,21 @@
 The script itself is never in the repository: another real training stands in for it where a program is run.
 """
 
+import hashlib
 import json
+import time
+from pathlib import Path
 
 import pytest
 import torch
 
-from src.bench.peer import PEER, compare, ours, theirs
+from src.bench import peer
+from src.bench.markdown import markdown
+from src.bench.peer import PEER, compare, ours, run_in_turns, run_side, theirs
 from src.bench.peer_world import CLIP_TOKENS, model_folder, pictures, smaller_copy
 from src.config import load
 from src.types import UserError
-from tests.conftest import CPU, run_entry
+from tests.conftest import CPU, run_entry, run_folder
 
 TRAINING = """
 import sys
@@ -26,6 +31,48 @@ for step in range(steps):
     optimizer.zero_grad()
 print("made all steps")
 """
+
+# with the command line of train_controlnet_sd3.py: an unknown flag ends it, and so does a missing folder
+STAND_IN = """
+import argparse
+import time
+from pathlib import Path
+import torch
+from diffusers import AutoencoderKL
+parser = argparse.ArgumentParser()
+for name in ("pretrained_model_name_or_path", "controlnet_model_name_or_path", "dataset_name", "cache_dir", "output_dir"):
+    parser.add_argument(f"--{name}", type=Path, required=True)
+for name in ("resolution", "train_batch_size", "max_train_steps", "checkpointing_steps", "lr_warmup_steps"):
+    parser.add_argument(f"--{name}", type=int, required=True)
+for name in ("max_sequence_length", "dataloader_num_workers", "seed"):
+    parser.add_argument(f"--{name}", type=int, required=True)
+for name in ("learning_rate", "adam_beta1", "adam_beta2", "adam_weight_decay", "max_grad_norm"):
+    parser.add_argument(f"--{name}", type=float, required=True)
+parser.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), required=True)
+parser.add_argument("--gradient_checkpointing", action="store_true")
+args = parser.parse_args()
+if args.learning_rate == 0:
+    raise ValueError("a rate of zero")
+while args.max_grad_norm == 0:
+    time.sleep(1)
+assert (args.controlnet_model_name_or_path / "config.json").is_file()
+assert (args.dataset_name / "metadata.jsonl").is_file()
+vae = AutoencoderKL.from_pretrained(args.pretrained_model_name_or_path, subfolder="vae").requires_grad_(False)
+layer = torch.nn.Linear(64, 64)
+optimizer = torch.optim.AdamW(layer.parameters(), lr=args.learning_rate)
+for step in range(args.max_train_steps):
+    vae.encode(torch.zeros(args.train_batch_size, 3, args.resolution, args.resolution))
+    layer(torch.ones(1, 64)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+"""
+SMALL = ["hardware=cpu", "hardware.workers=0", "batch=2", "steps=2", "warm_up=1", "repetitions=2", "images=8"]
+
+
+@pytest.fixture
+def script(tmp_path):
+    (file := tmp_path / "train_controlnet_sd3.py").write_text(STAND_IN)
+    return file
 
 
 @pytest.fixture(scope="module")
@@ -176,3 +223,93 @@ def test_a_missing_script_is_refused_with_the_one_that_is_meant():
     assert done.returncode == 2
     assert "examples/controlnet/train_controlnet_sd3.py of diffusers" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+# ---- the entry ----------------------------------------------------------------------------------------------------------
+
+
+def side_of(tmp_path, script, *changes):
+    """The peer's side with flags changed, as `run_in_turns` hands it to a process."""
+    cfg = load("bench_peer", [*SMALL, f"script={script}"])
+    side = theirs(cfg, tmp_path / "world", script)
+    common = {"device": "cpu", "threads": 1, "warm_up": cfg.warm_up, "steps": cfg.steps, "memory": False}
+    return common | {"script": side["script"], "argv": [*side["argv"], *changes]}
+
+
+def test_a_side_that_fails_is_refused_with_its_last_error_and_its_log(tmp_path, script):
+    with pytest.raises(UserError, match=r"^side-0 ended with code 1: ValueError: a rate of zero; its log: .*side-0\.log$"):
+        run_side(side_of(tmp_path, script, "--learning_rate=0"), tmp_path / "side-0", tmp_path, 300)
+    assert 'raise ValueError("a rate of zero")' in (tmp_path / "side-0.log").read_text()
+    assert json.loads((tmp_path / "side-0.spec.json").read_text())["script"] == str(script)
+    assert not (tmp_path / "side-0.json").exists()
+
+
+def test_a_side_that_hangs_is_ended_and_refused_with_its_log(tmp_path, script):
+    began = time.monotonic()  # it hangs, if it has come that far
+    with pytest.raises(UserError, match=r"^side-0 took more than timeout_s=2; its log: .*side-0\.log$"):
+        run_side(side_of(tmp_path, script, "--max_grad_norm=0"), tmp_path / "side-0", tmp_path, 2)
+    assert time.monotonic() - began < 60
+
+
+def test_sides_take_turns_and_tell_a_cpus_memory_once(tmp_path, monkeypatch):
+    played = []
+
+    def run(spec, base, world, timeout_s):
+        played.append((base.name, spec["steps"], spec["memory"], spec["argv"], timeout_s))
+        return {"peak_gib": 1.0} if spec["memory"] else {"step_ms": [1.0]}
+
+    monkeypatch.setattr(peer, "run_side", run)
+    cfg = load("bench_peer", [*SMALL, "script=x", "timeout_s=7"])
+    runs = run_in_turns(cfg, {PEER: {"argv": ["a"]}, "unicon": {"argv": ["b"]}}, tmp_path, tmp_path)
+    turns = [(f"{name}-{turn}", 2, False, argv, 7) for turn in (0, 1) for name, argv in ((PEER, ["a"]), ("unicon", ["b"]))]
+    assert played == [*turns, (f"{PEER}-memory", 1, True, ["a"], 7), ("unicon-memory", 1, True, ["b"], 7)]
+    assert runs == {key: [{"step_ms": [1.0], "peak_gib": 1.0}, {"step_ms": [1.0]}] for key in (PEER, "unicon")}
+
+
+def test_what_is_left_says_where_it_comes_from(tmp_path, script, monkeypatch, capsys):
+    def run(spec, base, world, timeout_s):
+        assert (world / "copy" / "config.json").is_file()
+        assert len(list((world / "data" / "theirs" / "images").iterdir())) == 8
+        mine = 1 if "module" in spec else 2
+        return {"step_ms": [10.0 * mine] * 2, "cpu_ms": 20.0 * mine, "encoder_ms": 5.0 * (mine - 1), "peak_gib": 0.5 * mine}
+
+    monkeypatch.setattr(peer, "run_side", run)
+    peer.main(load("bench_peer", [*SMALL, f"script={script}", f"output_dir={tmp_path}"]))
+    folder = Path(capsys.readouterr().out.splitlines()[-1].removeprefix("run: "))
+    assert folder.parent == tmp_path / "peer_sd3_tiny"
+    check_peer(folder, script)
+    told = json.loads((folder / "peer.json").read_text())
+    assert told["ratios"]["dit_controlnet"]["speed"] == {"median": 2.0, "quartiles": [2.0, 2.0], "n": 2}
+
+
+def check_peer(folder, script):
+    """peer.json as a reader wants it."""
+    told = json.loads((folder / "peer.json").read_text())
+    assert told["kind"] == "peer"
+    settings = told["settings"]
+    assert settings["device"].startswith("cpu: ")
+    assert len(settings["git_sha"]) == 40
+    assert {"command", "date", "versions", "git_dirty"} <= settings.keys()
+    assert settings["script_sha256"] == hashlib.sha256(script.read_bytes()).hexdigest()
+    assert settings["configuration"]["hardware"]["name"] == "cpu"
+    assert settings["copied_blocks"] == settings["transformer"]["num_layers"] // 2
+    assert told["sides"].keys() == told["runs"].keys() == {PEER, "dit_controlnet"}
+    for side in told["sides"].values():
+        assert side["images_per_s"]["n"] == 2
+        assert side["images_per_s"]["quartiles"][0] > 0
+        assert side["peak_mem_gib"]["median"] > 0
+    assert told["ratios"]["dit_controlnet"].keys() == {*peer.SPEEDS, "memory"}
+    assert "| dit_controlnet |" in markdown([folder])
+
+
+@pytest.mark.slow
+def test_both_programs_run_against_each_other(tmp_path, script):
+    done = run_entry("bench.peer", *SMALL, f"script={script}", f"output_dir={tmp_path}", timeout=900)
+    assert done.returncode == 0, done.stderr
+    folder = run_folder(done)
+    check_peer(folder, script)
+    runs = json.loads((folder / "peer.json").read_text())["runs"]
+    assert all(len(run["step_ms"]) == 2 for side in runs.values() for run in side)
+    assert all(run["encoder_ms"] > 0 for run in runs[PEER])  # in every step; ours are cached before the first
+    assert all(run["encoder_ms"] == 0 for run in runs["dit_controlnet"])
+    assert "src.bench.peer" in json.loads((folder / "peer.json").read_text())["settings"]["command"]
