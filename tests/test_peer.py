@@ -302,7 +302,7 @@ def check_peer(folder, script):
     assert "| dit_controlnet |" in markdown([folder])
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # six processes, of which three are trainings: with `make test-all`
 def test_both_programs_run_against_each_other(tmp_path, script):
     done = run_entry("bench.peer", *SMALL, f"script={script}", f"output_dir={tmp_path}", timeout=900)
     assert done.returncode == 0, done.stderr
