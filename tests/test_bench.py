@@ -1,6 +1,7 @@
 """Costs: the estimate against real steps on every tiny cell, operations counted by hand, bounds, rows and refusals."""
 
 import re
+import sys
 from functools import cache
 
 import pytest

@@ -292,6 +292,7 @@ def check_peer(folder, script):
     assert {"command", "date", "versions", "git_dirty"} <= settings.keys()
     assert settings["script_sha256"] == hashlib.sha256(script.read_bytes()).hexdigest()
     assert settings["configuration"]["hardware"]["name"] == "cpu"
+    assert not settings["configuration"]["script"].startswith("/")  # no file tells where things lie on a machine
     assert settings["copied_blocks"] == settings["transformer"]["num_layers"] // 2
     assert told["sides"].keys() == told["runs"].keys() == {PEER, "dit_controlnet"}
     for side in told["sides"].values():

@@ -2,9 +2,12 @@
 
     python -m src.bench.pairs experiments/cost/estimates
 
-Prints two Markdown tables. In the first a pair is UniCon-Half with the ControlNet of the backbone, and on transformers UniCon with the
-ControlNet that copies all blocks but the last; both without checkpointing, with it in the adapter alone, in both networks,
-and against a ControlNet whose backbone nobody froze. The second is of drawing a picture: every method over its backbone alone.
+Prints two Markdown tables. In the first a pair is UniCon-Half with the ControlNet of the backbone, and on transformers UniCon
+with the ControlNet that copies all blocks but the last; both without checkpointing, with it in the adapter alone, in both
+networks, and against a ControlNet whose backbone nobody froze. The second is of drawing a picture: every method over its
+backbone alone. Of measured rows it prints the peaks, and how far the estimates were from them:
+
+    python -m src.bench.pairs experiments/cost/cpu
 """
 
 import sys
@@ -18,16 +21,11 @@ from src.results import CostResult, read_cost
 from src.results.cost import FLOPS
 from src.vocabulary import UserError, refused_in_one_line
 
-TITLES = [
-    "backbone, pixels, batch",
-    "ControlNet",
-    "UniCon",
-    "checkpointing",
-    "memory, GiB",
-    "ratio",
-    "operations",
-    "bound on time",
-]
+TITLES = ["backbone, pixels, batch", "ControlNet", "UniCon", "checkpointing", "memory, GiB", "ratio", "operations"]
+TITLES += ["bound on time"]
+PEAKS = ["backbone, pixels, batch", "method, MiB by checkpointing", "none", "adapter", "both", "backbone not frozen"]
+PEAKS += ["estimate off by, bytes"]
+GIB = 2**30
 NOTHING = "none"  # the adapter of the floor
 DRAWING = ["backbone, pixels", "method", "memory, GiB", "operations of a step", "bound on time"]
 WAYS = (("none", False), ("adapter", False), ("both", False), ("none", True))  # checkpointing, naive
@@ -117,8 +115,25 @@ def drawing(folder: Path) -> Iterator[list[str]]:
             yield [place, name, f"{r.peak_mem_gib:.1f}", f"{operations:.2f}", f"{time:.2f}"]
 
 
+def peaks(folder: Path) -> Iterator[list[str]]:
+    """Of every method whose training step was measured below a folder: place, method, MiB by checkpointing, and the largest
+    distance of an estimate from its measurement in bytes."""
+    by_method: dict[tuple[str, str], list[CostResult]] = defaultdict(list)
+    for r in (read_cost(file) for file in sorted(folder.rglob("results.json"))):
+        if r.what == "training" and r.mode == "measure" and r.status == "done":
+            name = "the backbone alone" if r.adapter == NOTHING else f"{r.adapter}, {r.trainable_m:.2f} M"
+            by_method[f"{r.backbone['name']}, {r.resolution}, {r.batch}", name].append(r)
+    for (place, name), found in by_method.items():
+        sizes = {_way(r): f"{r.peak_mem_gib * 1024:.1f}" for r in found}
+        off = max(abs(r.predicted["peak_mem_gib"] - r.peak_mem_gib) for r in found)
+        yield [place, name, *(sizes.get(way, "") for way in WAYS), f"{off * GIB:.0f}"]
+
+
 def tables(folder: Path) -> str:
-    """Both, in Markdown. Raises as `pairs` does."""
+    """All that the rows below a folder have, in Markdown. Raises as `pairs` does where that is nothing."""
+    measured = list(peaks(folder))
+    if measured:
+        return "\n".join(rows(PEAKS, measured))
     first = rows(TITLES, [pair.cells() for pair in pairs(folder)])
     return "\n".join([*first, "", *rows(DRAWING, list(drawing(folder)))])
 

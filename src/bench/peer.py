@@ -204,10 +204,11 @@ def settings(cfg: DictConfig, script: Path, transformer: dict, blocks: int) -> d
     """Everything that a reader needs to judge the comparison or to repeat it. Torch's switches stand in each run, as its
     program has left them."""
     from src.bench.origin import origin
+    from src.results import without_places
 
-    on_gpu = cfg.hardware.accelerator == "gpu"
+    on_gpu, tree = cfg.hardware.accelerator == "gpu", OmegaConf.to_container(cfg, resolve=True)
     return {
-        "configuration": OmegaConf.to_container(cfg, resolve=True),
+        "configuration": {k: without_places(v) if isinstance(v, str) else v for k, v in tree.items()},
         "script_sha256": hashlib.sha256(script.read_bytes()).hexdigest(),
         "transformer": transformer,
         "copied_blocks": blocks,

@@ -19,10 +19,21 @@ from src.results.provenance import (
     hide_secrets,
     origin,
     scrub,
+    without_places,
 )
 from src.results.train import Result, check_result, read_results, write_results
 
 __all__ = ["HIDDEN", "PACKAGES", "SCHEMA_VERSION", "CostResult", "EvaluationResult", "Result", "ResultError"]
 __all__ += ["check_cost", "check_result", "command_line", "dated_origin", "environment", "git_state", "hide_secrets"]
-__all__ += ["kind_of", "origin", "plain", "read_cost", "read_evaluation", "read_results", "read_rows", "scrub"]
+__all__ += [
+    "kind_of",
+    "origin",
+    "plain",
+    "read_cost",
+    "read_evaluation",
+    "read_results",
+    "read_rows",
+    "scrub",
+    "without_places",
+]
 __all__ += ["write_atomic", "write_cost", "write_evaluation", "write_results"]

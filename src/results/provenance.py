@@ -68,6 +68,11 @@ def command_line() -> str:
     return " ".join(["python", program, *arguments])
 
 
+def without_places(text: str) -> str:
+    """A text with its absolute paths shortened as in a command line, so that no file tells how a machine is laid out."""
+    return _ABSOLUTE.sub(_short_path, text)
+
+
 def _short_path(match: re.Match) -> str:
     """Relative to the working folder or the home folder; of any other place only the last name."""
     path = Path(match.group())
