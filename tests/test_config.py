@@ -133,6 +133,8 @@ WRONG = [
     (["adaptr=unicon"], "did you mean adapter?"),
     (["backbone=sd3_tinny"], "command line: backbone=sd3_tinny is not in conf/backbone; did you mean sd3_tiny?"),
     (["backbone=flux"], "known: pixart_alpha, pixart_tiny, sd21, sd21_tiny, sd3_5_large, sd3_5_medium"),
+    (["hardware.rates.gpu=x"], "hardware.rates is null in the chosen file of conf/hardware; choose one that has keys there"),
+    (["hardware.rates={gpu: x}"], "hardware.rates is null in the chosen file of conf/hardware"),
     (["backbone=null"], "should be the name of a file in conf/backbone"),
     (["experiment=unicon_sd3_canny"], "write +experiment=unicon_sd3_canny"),
     (["+experiment=unicon_sd3_cany"], "did you mean unicon_sd3_canny?"),

@@ -121,6 +121,9 @@ def compose(request: Request) -> tuple[DictConfig, Origin]:
         for look in (_sweep, _group_choice, _yaml_file, _override_value):
             look(request, loader, overrides)
         raise ConfigError(_flat(exc)) from exc
+    except (AttributeError, AssertionError):  # how OmegaConf fails at keys in the place of a null
+        _null_node(loader, overrides)
+        raise
 
 
 # ---- the parts --------------------------------------------------------------------------------------------------------
@@ -165,6 +168,15 @@ def _sweep(request: Request, loader: Loader, overrides: list[Override]) -> None:
             raise ConfigError(
                 f"{COMMAND_LINE}: {item.input_line} is a sweep: add --multirun, or {_quote_hint(item.input_line)}"
             )
+
+
+def _null_node(loader: Loader, overrides: list[Override]) -> None:
+    for item in overrides:
+        group, *names = item.key_or_group.split(".")
+        nodes = [".".join([group, *names[:i]]) for i in range(len(names) + isinstance(item.value(), dict))]
+        if null := next((node for node in nodes if OmegaConf.select(loader.base, node) is None), None):
+            fault = f"is null in the chosen file of conf/{group}; choose one that has keys there, with {group}=<name>"
+            raise ConfigError(f"{COMMAND_LINE}: {item.input_line}: {null} {fault}")
 
 
 def _group_choice(request: Request, loader: Loader, overrides: list[Override]) -> None:
