@@ -172,7 +172,7 @@ def speed(cfg: DictConfig) -> None:
         "resolution": cfg.resolution,
         "task": cfg.task.name,
         "formats": formats,
-        "cached_img_per_s": cached,
+        **cached,
         "training": {
             **batches.waiting(len(batches.came) // 5),
             "micro_batch": cfg.hardware.micro_batch,

@@ -10,7 +10,7 @@ import pytest
 from src import prepare
 from src.config import load
 from src.data.scenes import SceneSource
-from src.data.speed import Timed, as_formats, cached_rate, rate
+from src.data.speed import Timed, as_formats, cached_rate, rates, spread
 from tests.conftest import QUICK, ROOT
 
 
@@ -28,11 +28,14 @@ def test_every_format_holds_the_same_pictures(tmp_path):
 
 
 def test_a_rate_counts_images_per_second():
-    measured = rate(lambda i: time.sleep(0.01), count=3, per_call=4, seconds=0.2)
-    assert 100 < measured <= 400
+    measured = rates(lambda i: time.sleep(0.01), count=3, per_call=4, seconds=0.2)
+    assert all(100 < one <= 400 for one in measured)
+    told = spread("img_per_s", measured)
+    low, high = told["img_per_s_quartiles"]
+    assert min(measured) - 0.1 <= low <= told["img_per_s"] <= high <= max(measured) + 0.1
     seen = []
-    rate(seen.append, count=3, per_call=1, seconds=0.0)
-    assert seen == [0, 0]  # one call to warm up, one that counts
+    rates(seen.append, count=3, per_call=1, seconds=0.0)
+    assert seen == [0, 0, 1, 2, 0, 1]  # one call to warm up, and one for each part
 
 
 def test_the_waiting_share_is_that_of_the_loader():
@@ -65,7 +68,7 @@ def test_a_cached_batch_is_read_whole():
             time.sleep(0.01)
 
     stream = Stream()
-    assert 100 < cached_rate(stream, 4, 0.1) <= 400
+    assert 100 < cached_rate(stream, 4, 0.1)["cached_img_per_s"] <= 400
     assert stream.asked[:3] == [[0, 1, 2, 3], [0, 1, 2, 3], [4, 5, 6, 7]]
 
 
@@ -82,6 +85,7 @@ def test_the_verb_measures_formats_caches_and_a_training(tmp_path, monkeypatch, 
     assert all(r["img_per_s_with_condition"] > 0 for r in found["formats"].values())
     assert "as it is (scenes)" in found["formats"]
     assert found["cached_img_per_s"] > 0
+    assert len(found["cached_img_per_s_quartiles"]) == 2
     assert found["training"]["batches"] == 10 - 2 - 1
     assert 0 < found["training"]["wait_share"] < 1
     assert "a training step of 16 images takes" in printed
@@ -93,9 +97,10 @@ def test_the_page_on_data_states_the_committed_numbers(column):
     lines = (ROOT / "docs" / "data.md").read_text().splitlines()
     first = {"64px": 1, "256px": 3}[column]
     rows = {cells[0].strip(): cells for cells in (line.strip("|").split("|") for line in lines if line.startswith("| "))}
-    for name, rates in found["formats"].items():
+    for name, told in found["formats"].items():
         if not name.startswith("as it is"):
-            assert [float(x) for x in rows[name][first : first + 2]] == [*rates.values()], name
+            shown = [told["img_per_s"], told["img_per_s_with_condition"]]
+            assert [float(x) for x in rows[name][first : first + 2]] == shown, name
     assert float(rows["from the caches, with text"][first + 1]) == found["cached_img_per_s"]
     text = " ".join(lines)
     assert f"{found['training']['wait_share']:.2%}".replace("%", " %") in text

@@ -3,10 +3,11 @@
 import importlib.util
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -18,6 +19,7 @@ from src.data.write_shards import PICTURES, write_shards
 from src.tasks.base import Task
 from src.types import Sample
 
+PARTS = 5  # of every measurement, which its quartiles are taken of
 HELD_OUT = 1  # the least that a source of files holds out
 
 
@@ -60,34 +62,42 @@ def _parquet(files: Path, rows: list[dict[str, str]], file: Path, common: dict[s
     return HubSource(name="hub", path=str(file), **common)
 
 
-def rate(fetch: Callable[[int], Any], count: int, per_call: int, seconds: float) -> float:
-    """Images per second of this process: fetch(0), fetch(1), ... for at least `seconds` after one call that warms up.
+def rates(fetch: Callable[[int], Any], count: int, per_call: int, seconds: float) -> list[float]:
+    """Images per second of this process in each of PARTS stretches: fetch(0), fetch(1), ... for at least `seconds` in all,
+    after one call that warms up.
 
     count: calls after which it starts again; per_call: images of each.
     """
     fetch(0)
-    done, began = 0, time.perf_counter()
-    while True:
-        fetch(done % count)
-        done += 1
-        spent = time.perf_counter() - began
-        if spent > seconds:
-            return done * per_call / spent
+    found, call = [], 0
+    for _ in range(PARTS):
+        done, began, spent = 0, time.perf_counter(), 0.0
+        while done == 0 or spent < seconds / PARTS:
+            fetch(call % count)
+            call, done = call + 1, done + 1
+            spent = time.perf_counter() - began
+        found.append(done * per_call / spent)
+    return found
 
 
-def source_rates(source: Source, task: Task, seed: int, seconds: float) -> dict[str, float]:
+def spread(name: str, values: Sequence[float], digits: int = 1) -> dict[str, Any]:
+    """{name: their median, <name>_quartiles: [first, third]}."""
+    low, middle, high = np.percentile(values, [25, 50, 75])
+    return {name: round(float(middle), digits), f"{name}_quartiles": [round(float(low), digits), round(float(high), digits)]}
+
+
+def source_rates(source: Source, task: Task, seed: int, seconds: float) -> dict[str, Any]:
     """Images per second and core of a source: decoded and framed alone, and with their conditions."""
-    alone = rate(lambda i: source[i], len(source), 1, seconds)
-    return {
-        "img_per_s": round(alone, 1),
-        "img_per_s_with_condition": round(rate(lambda i: task.condition_of(source[i], seed), len(source), 1, seconds), 1),
-    }
+    alone = rates(lambda i: source[i], len(source), 1, seconds)
+    whole = rates(lambda i: task.condition_of(source[i], seed), len(source), 1, seconds)
+    return {**spread("img_per_s", alone), **spread("img_per_s_with_condition", whole)}
 
 
-def cached_rate(stream: ImageStream, batch: int, seconds: float) -> float:
+def cached_rate(stream: ImageStream, batch: int, seconds: float) -> dict[str, Any]:
     """Images per second and core from the caches, as batches that are ready for a training step."""
     count = max(1, len(stream.stores.ids) // batch)
-    return round(rate(lambda i: stream.__getitems__(list(range(i * batch, (i + 1) * batch))), count, batch, seconds), 1)
+    found = rates(lambda i: stream.__getitems__(list(range(i * batch, (i + 1) * batch))), count, batch, seconds)
+    return spread("cached_img_per_s", found)
 
 
 class Timed:
@@ -113,16 +123,17 @@ class Timed:
             self.came.append(time.perf_counter())
             yield batch
 
-    def waiting(self, warm_up: int) -> dict[str, float]:
+    def waiting(self, warm_up: int) -> dict[str, Any]:
         """Share of the time in which steps waited, from the batch number `warm_up` to where the last one was asked for."""
         waits = [came - asked for asked, came in zip(self.asked, self.came, strict=True)][warm_up:-1]
         whole = self.asked[-1] - self.asked[warm_up]
+        rounds = [later - asked for asked, later in zip(self.asked[warm_up:-1], self.asked[warm_up + 1 :], strict=True)]
         return {
             "batches": len(waits),
             "seconds": round(whole, 3),
-            "wait_share": round(sum(waits) / whole, 5),
-            "wait_ms": round(1000 * sum(waits) / len(waits), 3),
-            "step_ms": round(1000 * (whole - sum(waits)) / len(waits), 3),
+            "wait_share": round(sum(waits) / whole, 5),  # of the whole time; the others are of single steps
+            **spread("wait_ms", [1000 * wait for wait in waits], 3),
+            **spread("step_ms", [1000 * (both - wait) for both, wait in zip(rounds, waits, strict=True)], 3),
         }
 
 
