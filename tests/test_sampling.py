@@ -184,7 +184,11 @@ def test_what_is_no_condition_is_refused_or_told(tmp_path, capsys):
         shown_by(tmp_path, "a.json", far)
     with pytest.raises(UserError, match="condition_is_image=true wants a picture"):
         shown_by(tmp_path, "a.json", far, ("task=pose",), is_image=True)
-    shown_by(tmp_path, "mm.png", encoded(np.full((64, 64), 5000, np.uint16), "PNG"), ("task=depth",))
+    millimetres = encoded(np.full((64, 64), 5000, np.uint16), "PNG")
+    with pytest.raises(UserError, match=r"mm\.png: .* this is uint16 with task.signal_is=distance; name a depth model"):
+        shown_by(tmp_path, "mm.png", millimetres, ("task=depth",))
+    capsys.readouterr()
+    shown_by(tmp_path, "m.tiff", encoded(np.full((64, 64), 5000, np.float32), "TIFF"), ("task=depth",))
     assert "its condition is 0 of 255 all over" in capsys.readouterr().out
 
 

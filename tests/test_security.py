@@ -96,7 +96,7 @@ def from_folder_of(folder, part, sample):
 
 @pytest.mark.parametrize("word", ["~nobody-of-this-name/0.png", "a\0b.png", "a" * 5000 + ".png"])
 def test_a_word_that_is_no_path_is_refused_in_one_line(pictures, word):
-    rows = [{"file_name": name, "text": "a"} for name in ("0.png", word)]
+    rows = [{"file_name": name, "text": "a"} for name in ("0.png", word, "1.png")]
     (pictures / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(UserError) as caught:
         from_folder(pictures, table="t.jsonl")
