@@ -5,7 +5,7 @@ import re
 import pytest
 
 from src.bench.markdown import markdown
-from src.bench.pairs import pairs, tables
+from src.bench.pairs import pairs, read, tables
 from src.results import read_cost
 from src.types import UserError
 from tests.conftest import ROOT
@@ -40,7 +40,7 @@ def test_an_estimate_is_its_measurement_in_every_cell():
 
 
 def test_ranges_of_the_text_are_those_of_the_pairs():
-    found = [p for p in pairs(COST / "estimates") if p.uni.backbone["name"] in ("pixart_alpha", "sd3_medium")]
+    found = [p for p in pairs(read(COST / "estimates")) if p.uni.backbone["name"] in ("pixart_alpha", "sd3_medium")]
 
     def bounds(value, scope, naive=False):
         own = [value(p) for p in found if (p.uni.flags["checkpointing"], p.net.flags["naive"]) == (scope, naive)]

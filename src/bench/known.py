@@ -8,7 +8,7 @@ Lightning and the metrics, which takes ten times as long as the answer. What the
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,30 +24,24 @@ LIST = Path(__file__).with_suffix(".json")
 def refuse_known(cfg: DictConfig, choices: Mapping[str, Any]) -> None:
     """Refuse a cell that the list or its switches rule out, with all there is to say of it. Raises ConfigError; Unsupported
     where it is the pair of adapter and backbone alone. choices: which yaml of each group it has."""
-    gather = Gather()
+    gather, backbone = Gather(), str(choices["backbone"])
     gather(check_switches, cfg)
-    gather(_check_pair, cfg, choices)
-    gather(_check_side, cfg, choices)
+    if _as_in_yaml(cfg, "backbone", backbone):
+        known = json.loads(LIST.read_text(encoding="utf-8"))
+        gather(_check_pair, cfg, str(choices["adapter"]), backbone, known["pairs"])
+        gather(_check_side, cfg, known["sides"].get(backbone))
     gather.done()
 
 
-def _check_pair(cfg: DictConfig, choices: Mapping[str, Any]) -> None:
-    adapter, backbone = str(choices["adapter"]), str(choices["backbone"])
-    fault = _known()["pairs"].get(adapter, {}).get(backbone)
-    if fault and not cfg.floor and _as_in_yaml(cfg, "backbone", backbone) and _as_in_yaml(cfg, "adapter", adapter):
+def _check_pair(cfg: DictConfig, adapter: str, backbone: str, pairs: Mapping[str, Any]) -> None:
+    fault = pairs.get(adapter, {}).get(backbone)
+    if fault and not cfg.floor and _as_in_yaml(cfg, "adapter", adapter):
         raise Unsupported(fault)
 
 
-def _check_side(cfg: DictConfig, choices: Mapping[str, Any]) -> None:
-    backbone = str(choices["backbone"])
-    given = _known()["sides"].get(backbone)
-    fault = given and _as_in_yaml(cfg, "backbone", backbone) and resolution_fault("resolution", cfg.resolution, *given)
-    if fault:
+def _check_side(cfg: DictConfig, given: Sequence[Any] | None) -> None:
+    if given and (fault := resolution_fault("resolution", cfg.resolution, *given)):
         raise ConfigError(fault)
-
-
-def _known() -> dict[str, Any]:
-    return json.loads(LIST.read_text(encoding="utf-8"))
 
 
 def check_switches(cfg: DictConfig) -> None:

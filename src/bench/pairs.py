@@ -12,7 +12,7 @@ backbone alone. Of measured rows it prints the peaks, and how far the estimates 
 
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,20 +66,14 @@ class Pair:
         ]
 
 
-def pairs(folder: Path, batch: int = 8) -> Iterator[Pair]:
-    """Every pair of a batch that the rows below a folder have both sides of, place by place. Raises UserError for a folder
-    without one, ResultError for a file that cannot be read."""
+def pairs(found: Sequence[CostResult], batch: int = 8) -> Iterator[Pair]:
+    """Every pair of a batch that rows have both sides of, place by place."""
     by_place: dict[tuple[str, int], list[CostResult]] = defaultdict(list)
-    for file in sorted(folder.rglob("results.json")):
-        row = read_cost(file)
+    for row in found:
         if row.what == "training" and row.batch == batch and row.step_time_ms is not None:
             by_place[row.backbone["name"], row.resolution].append(row)
-    found = [pair for place in by_place.values() for pair in _of(place)]
-    if not found:
-        raise UserError(
-            f"{folder}: no row of UniCon beside one of ControlNet at batch {batch}; python -m src.bench.table writes them"
-        )
-    yield from found
+    for place in by_place.values():
+        yield from _of(place)
 
 
 def _of(place: list[CostResult]) -> Iterator[Pair]:
@@ -97,10 +91,9 @@ def _way(row: CostResult) -> tuple[str, bool]:
     return row.flags["checkpointing"], row.flags["naive"]
 
 
-def drawing(folder: Path) -> Iterator[list[str]]:
-    """Of every method that draws one picture below a folder: place, method, peak, and operations and bound on time of a solver
+def drawing(found: Sequence[CostResult]) -> Iterator[list[str]]:
+    """Of every method that draws one picture: place, method, peak, and operations and bound on time of a solver
     step over those of the backbone alone."""
-    found = [read_cost(file) for file in sorted(folder.rglob("results.json"))]
     found = [r for r in found if r.what == "inference" and r.batch == 1 and r.step_time_ms is not None]
     floors = {(r.backbone["name"], r.resolution): r for r in found if r.adapter == NOTHING}
     for r in sorted(
@@ -115,27 +108,35 @@ def drawing(folder: Path) -> Iterator[list[str]]:
             yield [place, name, f"{r.peak_mem_gib:.1f}", f"{operations:.2f}", f"{time:.2f}"]
 
 
-def peaks(folder: Path) -> Iterator[list[str]]:
-    """Of every method whose training step was measured below a folder: place, method, MiB by checkpointing, and the largest
+def peaks(found: Sequence[CostResult]) -> Iterator[list[str]]:
+    """Of every method whose training step was measured: place, method, MiB by checkpointing, and the largest
     distance of an estimate from its measurement in bytes."""
     by_method: dict[tuple[str, str], list[CostResult]] = defaultdict(list)
-    for r in (read_cost(file) for file in sorted(folder.rglob("results.json"))):
+    for r in found:
         if r.what == "training" and r.mode == "measure" and r.status == "done":
             name = "the backbone alone" if r.adapter == NOTHING else f"{r.adapter}, {r.trainable_m:.2f} M"
             by_method[f"{r.backbone['name']}, {r.resolution}, {r.batch}", name].append(r)
-    for (place, name), found in by_method.items():
-        sizes = {_way(r): f"{r.peak_mem_gib * 1024:.1f}" for r in found}
-        off = max(abs(r.predicted["peak_mem_gib"] - r.peak_mem_gib) for r in found)
+    for (place, name), own in by_method.items():
+        sizes = {_way(r): f"{r.peak_mem_gib * 1024:.1f}" for r in own}
+        off = max(abs(r.predicted["peak_mem_gib"] - r.peak_mem_gib) for r in own)
         yield [place, name, *(sizes.get(way, "") for way in WAYS), f"{off * GIB:.0f}"]
 
 
+def read(folder: Path) -> list[CostResult]:
+    """Every row below a folder. Raises ResultError for a file that cannot be read."""
+    return [read_cost(file) for file in sorted(folder.rglob("results.json"))]
+
+
 def tables(folder: Path) -> str:
-    """All that the rows below a folder have, in Markdown. Raises as `pairs` does where that is nothing."""
-    measured = list(peaks(folder))
-    if measured:
+    """All that the rows below a folder have, in Markdown. Raises UserError where that is nothing, and as `read` does."""
+    found = read(folder)
+    if measured := list(peaks(found)):
         return "\n".join(rows(PEAKS, measured))
-    first = rows(TITLES, [pair.cells() for pair in pairs(folder)])
-    return "\n".join([*first, "", *rows(DRAWING, list(drawing(folder)))])
+    compared = [pair.cells() for pair in pairs(found)]
+    if not compared:
+        fault = "no row of UniCon beside one of ControlNet at batch 8"
+        raise UserError(f"{folder}: {fault}; python -m src.bench.table writes them")
+    return "\n".join([*rows(TITLES, compared), "", *rows(DRAWING, list(drawing(found)))])
 
 
 if __name__ == "__main__":
