@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,10 +33,12 @@ def summarise(context: RunContext, adapter: ControlAdapter, callbacks: list) -> 
     control = next(c for c in callbacks if isinstance(c, ControlValidation))
     meter = next(c for c in callbacks if isinstance(c, ThroughputMeter))
     guard = next(c for c in callbacks if isinstance(c, StepGuard))
+    times = meter.step_spread_ms()
     return {
         "images_seen": context.total_images,
         "train_seconds": round(meter.train_seconds, 1),
-        "step_time_ms": meter.median_step_ms(),
+        "step_time_ms": None if times is None else times["median"],
+        "step_time_quartiles_ms": None if times is None else times["quartiles"],
         "peak_mem_gib": peak_mem_gib(adapter.device),
         "trainable_parts_m": adapter.trainable_parts_m(),
         "frozen_dead_m": adapter.frozen_dead_m(),
@@ -52,7 +55,8 @@ def collect(
     """Join outcomes to the run's result: every arm with its interval, and the paired gain over each of them.
 
     together: the outcomes of all who shared a frozen pass, this one included. The seconds and the step time of each are
-    then those of the whole: nobody could have had its own part of them for less.
+    then those of the whole: nobody could have had its own part of them for less. So are the quartiles, as if all had been
+    slow in the same steps.
     """
     scores, arms = {name: np.array(values) for name, values in outcome["scores"].items()}, [a for a in ARMS if a != RIGHT]
     if arm is not None:
@@ -64,8 +68,7 @@ def collect(
         count = outcome["images_to_control"]
         for name, value in (("images_to_control", count), ("steps_to_control", count // cfg.budget.effective_batch)):
             metrics[name] = {"value": value, "n": 1, "unit": name.split("_")[0], "better": "lower", "ci95": None}
-    steps = [o["step_time_ms"] for o in together]
-    step_ms, hardware = None if None in steps else sum(steps), cfg.hardware
+    hardware = cfg.hardware
     return Result(
         experiment=experiment or cfg.name,
         adapter=cfg.adapter.name,
@@ -85,8 +88,7 @@ def collect(
         trainable_parts_m=outcome["trainable_parts_m"],
         frozen_dead_m=outcome.get("frozen_dead_m"),
         train_seconds=round(sum(o["train_seconds"] for o in together), 1),
-        step_time_ms=step_ms,
-        img_per_s=1000 * cfg.budget.effective_batch / step_ms if step_ms else None,
+        **step_times(together, cfg.budget.effective_batch),
         peak_mem_gib=outcome["peak_mem_gib"],
         device=torch.cuda.get_device_name() if hardware.accelerator == "gpu" else "cpu",
         precision=hardware.precision,
@@ -99,6 +101,16 @@ def collect(
         config_sha=config_sha(cfg),
         **dated_origin(ROOT),
     )
+
+
+def step_times(together: Sequence[dict], images: int) -> dict[str, Any]:
+    """The fields of a result that tell how fast steps of so many images were; None in each where one was not measured."""
+    names = ("step_time_ms", "step_time_quartiles_ms", "img_per_s", "img_per_s_quartiles")
+    if any(o.get("step_time_quartiles_ms") is None for o in together):
+        return dict.fromkeys(names)
+    middle, (fast, slow) = (np.sum([o[name] for o in together], axis=0).tolist() for name in names[:2])
+    rate, slowest, fastest = (1000 * images / ms for ms in (middle, slow, fast))
+    return dict(zip(names, (middle, [fast, slow], rate, [slowest, fastest]), strict=True))
 
 
 def flags_of(cfg: DictConfig, world: World, outcome: dict, together: Sequence[dict]) -> dict:

@@ -11,7 +11,7 @@ from torch import nn
 
 from src.bench import cell as cells
 from src.bench.estimate import estimate, hollow
-from src.bench.measure import device_memory, measure, spread
+from src.bench.measure import device_memory, measure
 from src.bench.plan import plan, rates_of
 from src.bench.work import Drawing, watch_drawing
 from src.config import ConfigError, load
@@ -20,6 +20,7 @@ from src.profiling.device import processor
 from src.profiling.optimizer import ADAMW, FUSED_ADAMW, model_of, prime, state_tensors
 from src.profiling.tracker import CATEGORIES
 from src.results import read_cost
+from src.spread import spread
 from src.support import matrix
 from src.types import UserError
 from tests.conftest import run_entry, run_folder

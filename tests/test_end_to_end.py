@@ -67,7 +67,10 @@ def test_results_hold_every_arm_with_its_interval(finished):
     assert (result.images_seen, result.effective_batch, result.seed) == (64, 16, 0)
     assert result.command.startswith("python -m src.train +experiment=unicon_sd3_canny")
     assert set(result.trainable_parts_m) == {"copies", "connectors", "entries", "stem", "head"}
-    assert result.step_time_ms > 0
+    low, high = result.step_time_quartiles_ms
+    assert 0 < low <= result.step_time_ms <= high
+    assert result.img_per_s == pytest.approx(1000 * 16 / result.step_time_ms)
+    assert result.img_per_s_quartiles == pytest.approx([16000 / high, 16000 / low])
     assert result.peak_mem_gib > 0
 
 

@@ -10,7 +10,7 @@ import pytest
 from src import prepare
 from src.config import load
 from src.data.scenes import SceneSource
-from src.data.speed import Timed, as_formats, cached_rate, rates, spread
+from src.data.speed import Timed, as_formats, cached_rate, named, rates
 from tests.conftest import QUICK, ROOT
 
 
@@ -30,7 +30,7 @@ def test_every_format_holds_the_same_pictures(tmp_path):
 def test_a_rate_counts_images_per_second():
     measured = rates(lambda i: time.sleep(0.01), count=3, per_call=4, seconds=0.2)
     assert all(100 < one <= 400 for one in measured)
-    told = spread("img_per_s", measured)
+    told = named("img_per_s", measured)
     low, high = told["img_per_s_quartiles"]
     assert min(measured) - 0.1 <= low <= told["img_per_s"] <= high <= max(measured) + 0.1
     seen = []

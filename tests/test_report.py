@@ -170,6 +170,18 @@ def test_csv_holds_every_metric_of_every_run(run, tmp_path):
     assert f"canny_f1,{rows[0].result.metrics['canny_f1']['value']}" in lines[1]
 
 
+def test_a_speed_is_shown_with_its_quartiles_or_not_at_all(run, tmp_path):
+    run("a", img_per_s=80.0, img_per_s_quartiles=[72.0, 88.0])
+    run("bb", img_per_s=90.0, img_per_s_quartiles=None)
+    found = read_rows([tmp_path / "runs"])
+    (group,) = groups(found)
+    table = score_table(group)
+    assert [row[-1].text for row in table.rows] == ["80.0 [72.0, 88.0]", ""]
+    assert table.columns[-1] == "images/s, median and quartiles"
+    lines = {(r["img_per_s"], r["img_per_s_low"], r["img_per_s_high"]) for r in csv.DictReader(csv_text(found).splitlines())}
+    assert lines == {("80.0", "72.0", "88.0"), ("", "", "")}
+
+
 def test_costs_as_tables(cell, tmp_path):
     nothing = dict.fromkeys(
         ("peak_mem_gib", "peak_when", "memory_gib", "saved_gib", "phases_gib", "flops", "step_time_ms", "img_per_s", "mfu")

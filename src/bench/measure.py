@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +19,7 @@ from src.profiling.optimizer import EIGHT_BIT
 from src.profiling.step import Step, watch
 from src.profiling.tracker import GIB
 from src.sampling import denoise, solver_for
+from src.spread import spread
 from src.types import TextCond
 
 PHASES = ("forward", "backward", "optimizer")
@@ -47,12 +47,6 @@ class Clock:
     def between_ms(self, first: Any, second: Any) -> float:
         """Milliseconds between two marks that have passed."""
         return first.elapsed_time(second) if self.on_gpu else 1000 * (second - first)
-
-
-def spread(values: Sequence[float]) -> dict[str, Any]:
-    """{median, quartiles, n} of times."""
-    low, middle, high = (float(q) for q in np.quantile(values, (0.25, 0.5, 0.75)))
-    return {"median": middle, "quartiles": [low, high], "n": len(values)}
 
 
 def measure(cell: Cell) -> tuple[dict[str, Any], Any]:

@@ -171,7 +171,7 @@ def run_side(spec: dict[str, Any], base: Path, world: Path, timeout_s: float) ->
 def compare(runs: dict[str, list[dict]], batch: int) -> dict[str, Any]:
     """Images/s and memory of each side, and ours over the peer's, pair by pair of neighbouring runs. `n` of the memory: how
     many runs have told theirs."""
-    from src.bench.measure import spread
+    from src.spread import spread
 
     def told(run: dict) -> bool:
         return "peak_gib" in run

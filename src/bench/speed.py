@@ -141,7 +141,7 @@ def pairs(plain: Setting, other: Setting, rounds: int = ROUNDS) -> dict[str, Any
 
     Who begins changes from pair to pair.
     """
-    from src.bench.measure import spread
+    from src.spread import spread
 
     times: dict[Setting, list[float]] = {plain: [], other: []}
     for n in range(rounds):

@@ -2,6 +2,7 @@
 
 import math
 import time
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from src.callbacks.base import RunContext, StepCallback
 from src.ranks.place import whole
+from src.spread import spread
 
 
 class ThroughputMeter(StepCallback):
@@ -46,8 +48,7 @@ class ThroughputMeter(StepCallback):
             losses = [loss for loss in self.run.ranks.mean(torch.stack(self._losses).tolist()) if math.isfinite(loss)]
             self._losses.clear()
             self._read_times()
-            recent = sorted(self.step_times_ms[-self.every_steps :])
-            middle = recent[len(recent) // 2]
+            middle = spread(self.step_times_ms[-self.every_steps :])["median"]
             row = {
                 "train/loss": sum(losses) / len(losses) if losses else math.nan,
                 "train/lr": trainer.optimizers[0].param_groups[0]["lr"],
@@ -59,11 +60,12 @@ class ThroughputMeter(StepCallback):
             }
             self.run.log(row, images_seen)
 
-    def median_step_ms(self) -> float | None:
-        """Median over the run without its first tenth, where caches and kernels warm up; None before any step."""
+    def step_spread_ms(self) -> dict[str, Any] | None:
+        """{median, quartiles, n} over the steps of this process without their first tenth, where caches and kernels warm up;
+        None before any step."""
         self._read_times()
-        times = sorted(self.step_times_ms[len(self.step_times_ms) // 10 :])
-        return times[len(times) // 2] if times else None
+        times = self.step_times_ms[len(self.step_times_ms) // 10 :]
+        return spread(times) if times else None
 
     def state_dict(self) -> dict:
         self._read_times()

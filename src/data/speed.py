@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 
@@ -16,6 +15,7 @@ from src.data.folder import FolderSource
 from src.data.shards import ShardSource
 from src.data.source import Source
 from src.data.write_shards import PICTURES, write_shards
+from src.spread import spread
 from src.tasks.base import Task
 from src.types import Sample
 
@@ -80,24 +80,24 @@ def rates(fetch: Callable[[int], Any], count: int, per_call: int, seconds: float
     return found
 
 
-def spread(name: str, values: Sequence[float], digits: int = 1) -> dict[str, Any]:
+def named(name: str, values: Sequence[float], digits: int = 1) -> dict[str, Any]:
     """{name: their median, <name>_quartiles: [first, third]}."""
-    low, middle, high = np.percentile(values, [25, 50, 75])
-    return {name: round(float(middle), digits), f"{name}_quartiles": [round(float(low), digits), round(float(high), digits)]}
+    found = spread(values)
+    return {name: round(found["median"], digits), f"{name}_quartiles": [round(q, digits) for q in found["quartiles"]]}
 
 
 def source_rates(source: Source, task: Task, seed: int, seconds: float) -> dict[str, Any]:
     """Images per second and core of a source: decoded and framed alone, and with their conditions."""
     alone = rates(lambda i: source[i], len(source), 1, seconds)
     whole = rates(lambda i: task.condition_of(source[i], seed), len(source), 1, seconds)
-    return {**spread("img_per_s", alone), **spread("img_per_s_with_condition", whole)}
+    return {**named("img_per_s", alone), **named("img_per_s_with_condition", whole)}
 
 
 def cached_rate(stream: ImageStream, batch: int, seconds: float) -> dict[str, Any]:
     """Images per second and core from the caches, as batches that are ready for a training step."""
     count = max(1, len(stream.stores.ids) // batch)
     found = rates(lambda i: stream.__getitems__(list(range(i * batch, (i + 1) * batch))), count, batch, seconds)
-    return spread("cached_img_per_s", found)
+    return named("cached_img_per_s", found)
 
 
 class Timed:
@@ -132,8 +132,8 @@ class Timed:
             "batches": len(waits),
             "seconds": round(whole, 3),
             "wait_share": round(sum(waits) / whole, 5),  # of the whole time; the others are of single steps
-            **spread("wait_ms", [1000 * wait for wait in waits], 3),
-            **spread("step_ms", [1000 * (both - wait) for both, wait in zip(rounds, waits, strict=True)], 3),
+            **named("wait_ms", [1000 * wait for wait in waits], 3),
+            **named("step_ms", [1000 * (both - wait) for both, wait in zip(rounds, waits, strict=True)], 3),
         }
 
 

@@ -19,6 +19,7 @@ from src.metrics.extractors import Inception
 from src.metrics.quality import entries, picture_scores
 from src.results import dated_origin, write_atomic
 from src.results.evaluation import EvaluationResult, write_evaluation
+from src.spread import spread
 
 if TYPE_CHECKING:
     from src.build import Sampler
@@ -94,7 +95,7 @@ def write_numbers(
         "features": relative,
     }
     write_atomic(folder / "outcome.json", (json.dumps(kept) + "\n").encode())
-    seconds = progress.seconds if progress.made else None
+    speed = spread(progress.speeds) if progress.made else None
     result = EvaluationResult(
         adapter=subject["adapter"],
         subject=subject["label"],
@@ -111,8 +112,9 @@ def write_numbers(
         design=subject["design"],
         crosscheck=found.crosscheck,
         trainable_m=sum(model.adapter.trainable_parts_m().values()),
-        draw_seconds=None if seconds is None else round(seconds, 1),
-        img_per_s=None if seconds is None else progress.made / max(1e-9, seconds),
+        draw_seconds=round(progress.seconds, 1) if speed else None,
+        img_per_s=speed["median"] if speed else None,
+        img_per_s_quartiles=speed["quartiles"] if speed else None,
         device=drawing["device"],
         precision=conditions["precision"],
         flags={

@@ -114,7 +114,8 @@ class Progress:
 
     def __init__(self, what: str, total: int, done: int, said: Say):
         self.what, self.total, self.done, self.said, self.made = what, total, done, said, 0
-        self.began = self._last = time.monotonic()
+        self.speeds: list[float] = []  # images per second of each `add` that had any
+        self.began = self._last = self._added = time.monotonic()
 
     @property
     def seconds(self) -> float:
@@ -122,6 +123,8 @@ class Progress:
 
     def add(self, count: int) -> None:
         self.done, self.made, now = self.done + count, self.made + count, time.monotonic()
+        self.speeds += [count / max(1e-9, now - self._added)] if count else []
+        self._added = now
         if now - self._last >= SAY_EVERY_S:
             self._last, speed = now, self.made / max(1e-9, now - self.began)
             left = (self.total - self.done) / speed / 60

@@ -13,10 +13,11 @@ from src.report.rows import CostRow, Row
 
 CSV_FIELDS = (
     "experiment", "adapter", "backbone", "backbone_hash", "task", "seed", "resolution", "images_seen", "effective_batch",
-    "trainable_m", "train_seconds", "img_per_s", "peak_mem_gib", "device", "precision",
+    "trainable_m", "train_seconds", "img_per_s", "img_per_s_low", "img_per_s_high", "peak_mem_gib", "device", "precision",
     "metric", "value", "low", "high", "n", "unit", "better", "git_sha", "git_dirty", "date", "command", "kind",
     "small_n", "method", "learning_rate", "recipe", "caption_dropout", "noise_seed", "subject", "manifest", "config_sha",
 )  # fmt: skip
+SPEED = "images/s, median and quartiles"
 TWICE = "steps_to_control"  # says the same as images_to_control
 ARROWS = {"higher": " \u2191", "lower": " \u2193", None: ""}
 
@@ -26,7 +27,7 @@ ARMS = {
     "no_control_arm": "minus the no-control arm",
 }
 TRAINED = {"learning_rate": "learning rate", "recipe": "recipe", "caption_dropout": "caption dropout"}
-EXTRA = {"images_seen": ("images seen", "{:,}"), "train_seconds": ("train s", "{:.0f}"), "img_per_s": ("images/s", "{:.1f}")}
+EXTRA = {"images_seen": ("images seen", "{:,}"), "train_seconds": ("train s", "{:.0f}")}
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,18 @@ def score_table(group: Group[Row]) -> Table:
         ]
         cells += [metric_cell(row, name) for name in (main, *gains, *others)]
         cells += [_plain(getattr(r, name), form, of, title) for name, (title, form) in extra.items()]
-        table.append(cells)
-    return Table([*titles, *(title for title, _ in extra.values())], table)
+        table.append([*cells, _speed(row)])
+    return Table([*titles, *(title for title, _ in extra.values()), SPEED], table)
+
+
+def _speed(row: Row) -> Cell:
+    """Images per second with their quartiles; a speed that was kept without those is no measurement, and not shown."""
+    r = row.result
+    if r.img_per_s_quartiles is None:
+        return Cell("")
+    low, high = r.img_per_s_quartiles
+    text = f"{r.img_per_s:.1f} [{low:.1f}, {high:.1f}]"
+    return Cell(text, r.img_per_s, (row.place,), SPEED, interval=(low, high), unit="images/s")
 
 
 def bare(rows: Iterable[Row]) -> list[str]:
@@ -148,6 +159,8 @@ def csv_text(rows: Iterable[Row]) -> str:
         same = {name: getattr(r, name) for name in CSV_FIELDS if hasattr(r, name)} | {"kind": r.kind}
         same |= {"backbone": r.backbone["id"], "backbone_hash": r.backbone["hash"], "noise_seed": row.noise_seed}
         same |= {"method": row.name or r.adapter, **{name: (r.design or {}).get(name) for name in TRAINED}}
+        slow, fast = r.img_per_s_quartiles or (None, None)
+        same |= {"img_per_s": r.img_per_s if slow else None, "img_per_s_low": slow, "img_per_s_high": fast}
         for name, m in r.metrics.items():
             low, high = m["ci95"] or (None, None)
             own = {"metric": name, "low": low, "high": high, "small_n": m.get("small_n")}

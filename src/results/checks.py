@@ -37,6 +37,17 @@ def filled(kind: type[Row], raw: Mapping[str, Any]) -> Row:
     return kind(**raw)
 
 
+def quartiles(name: str, found: Any, median: float | None) -> None:
+    """None, or [first, third] with the median between them."""
+    if found is None:
+        return
+    if not isinstance(found, list) or len(found) != 2 or median is None:
+        raise ResultError(f"{name} is {found!r}, wanted [first, third] of a median of {median!r}, or null")
+    low, high = (number(name, q, 0) for q in found)
+    if not low <= median <= high:
+        raise ResultError(f"{name} is {found}: the median, {median}, lies outside")
+
+
 def number(name: str, value: Any, least: float | None = None, whole: bool = False) -> float:
     """A finite number, not below `least`."""
     kinds = (int,) if whole else (int, float)

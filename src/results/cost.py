@@ -5,7 +5,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from src.results.checks import SCHEMA_VERSION, ResultError, all_finite, date, filled, mapping, number, one_of, text, truth
+from src.results.checks import (
+    SCHEMA_VERSION,
+    ResultError,
+    all_finite,
+    date,
+    filled,
+    mapping,
+    number,
+    one_of,
+    quartiles,
+    text,
+    truth,
+)  # fmt: skip
 from src.results.files import read_row, write_row
 
 MEMORY = ("frozen_weights", "trainable_weights", "gradients", "optimizer", "ema", "activations", "temporaries")
@@ -188,9 +200,7 @@ def _spread(name: str, entry: Any) -> None:
     if not isinstance(entry, dict) or entry.keys() != {"median", "quartiles", "n"}:
         raise ResultError(f"{name} is {entry!r}, wanted {{median, quartiles, n}}: a measured time carries its spread")
     number(f"{name}.n", entry["n"], 1, whole=True)
-    low, high = (number(f"{name}.quartiles", q, 0) for q in entry["quartiles"])
-    if not low <= number(f"{name}.median", entry["median"], 0) <= high:
-        raise ResultError(f"{name}.median is {entry['median']}, outside of its quartiles {entry['quartiles']}")
+    quartiles(f"{name}.quartiles", entry["quartiles"], number(f"{name}.median", entry["median"], 0))
 
 
 def _whole(name: str, value: Any, wanted: tuple[str, ...]) -> None:

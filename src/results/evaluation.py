@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from src.results.checks import SCHEMA_VERSION, all_finite, date, filled, mapping, number, one_of, text, truth
+from src.results.checks import SCHEMA_VERSION, all_finite, date, filled, mapping, number, one_of, quartiles, text, truth
 from src.results.files import read_row, write_row
 from src.results.train import check_metrics
 
@@ -19,7 +19,8 @@ class EvaluationResult:
     weights. seed, images_seen, config_sha, design: of the training, None for an adapter of diffusers, which does not tell.
     metrics: as in `Result`, and small_n: true in distances of sets with fewer than 2,048 pictures.
     crosscheck: the FID of other packages on the same features (`metrics.crosscheck`), or None where it was not taken.
-    draw_seconds, img_per_s: of the pictures that this process drew; None where all were there already.
+    draw_seconds, img_per_s: of the pictures that this process drew, the latter the median over batches, with their quartiles
+    [first, third]; None where all were there already, and the quartiles in results older than the field.
     """
 
     adapter: str
@@ -47,6 +48,7 @@ class EvaluationResult:
     git_dirty: bool | None = None
     design: dict[str, Any] | None = None
     crosscheck: dict[str, Any] | None = None
+    img_per_s_quartiles: list[float] | None = None
     kind: str = "evaluation"
     schema_version: int = SCHEMA_VERSION
 
@@ -78,6 +80,7 @@ def check_evaluation(raw: Mapping[str, Any]) -> EvaluationResult:
     for name in ("trainable_m", "draw_seconds", "img_per_s"):
         if name == "trainable_m" or getattr(found, name) is not None:
             number(name, getattr(found, name), 0)
+    quartiles("img_per_s_quartiles", found.img_per_s_quartiles, found.img_per_s)
     for name, value in mapping("versions", found.versions, empty=False).items():
         text(f"versions.{name}", value)
     all_finite("flags", mapping("flags", found.flags, empty=False))
