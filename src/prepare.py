@@ -85,7 +85,7 @@ def check(cfg: DictConfig) -> None:
     """
     from src.data.check import check_sources
     from src.data.check_words import lines
-    from src.world import check_seen
+    from src.data.seen import check_seen
 
     began = time.perf_counter()
     data = OmegaConf.merge(cfg.data, {key: value for key, value in COUNTED.items() if key in cfg.data})

@@ -17,6 +17,7 @@ from src.backbones.codec import Codec
 from src.construct import construct
 from src.control_score import HeldOut
 from src.data.datamodule import Stores
+from src.data.seen import check_seen
 from src.data.source import Source
 from src.data.stores import build_stores
 from src.data.tolerant import bad_rows, without
@@ -82,22 +83,6 @@ def plan(cfg: DictConfig, beside: Plan | None = None) -> Plan:
     if line := repeats(train, cfg.budget.effective_batch):
         _say(line)
     return Plan(backbone, task, train, val)
-
-
-def check_seen(task: Task, source: Source, trained: bool = False) -> None:
-    """Refuse photos for a detector that knows rendered scenes alone. Maps of their own make conditions without it, and then
-    the scores are worth a line. trained: whether the task is that of a run which is over. Raises UserError."""
-    if not task.sees_scenes_only or source.are_scenes:
-        return
-    name = "a depth model" if task.signal == "depth" else "a keypoint model"
-    fault = f"task.detector=scene_probe knows the project's rendered scenes and no photos, and data={source.name} are photos"
-    fix = f"{'train with' if trained else 'write'} task.detector=<hub id or folder of {name}>"
-    if task.signal not in source.signals:
-        raise UserError(
-            f"{fault}: {fix}, or give the maps as data.signals={{{task.signal}: <folder>}}; data.are_scenes=true where they "
-            "are scenes that were written out"
-        )
-    _say(f"{fault}: conditions are those of the data, and the scores {' and '.join(task.metrics)} mean nothing; {fix}")
 
 
 def repeats(source: Source, batch: int) -> str:

@@ -49,8 +49,8 @@ def run_folder(done: subprocess.CompletedProcess) -> Path:
 @pytest.fixture(autouse=True)
 def _no_curves(monkeypatch):
     """Trainings inside a test process draw no curves, which take a second each; those through the entry do."""
-    if "src.train" in sys.modules:  # a file of tests that trains nothing need not import it
-        monkeypatch.setattr("src.train.plot_curves", lambda log, picture: None)
+    if "src.train.flow" in sys.modules:  # a file of tests that trains nothing need not import it
+        monkeypatch.setattr("src.train.flow.plot_curves", lambda log, picture: None)
 
 
 @pytest.fixture(scope="session")

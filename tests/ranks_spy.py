@@ -11,7 +11,7 @@ import signal
 import time
 from pathlib import Path
 
-import src.train
+import src.train.flow
 from src.adapters.base import ControlAdapter
 from src.checkpoint import AdapterCheckpointIO
 from src.config import cli
@@ -50,4 +50,4 @@ if __name__ == "__main__":
         ControlAdapter.freeze_unreached = lambda self, names: None
     if os.environ.get("FAULT", "").endswith(":nowhere"):
         AdapterCheckpointIO.save_checkpoint = nowhere
-    cli("train", src.train.main)
+    cli("train", src.train.flow.main)

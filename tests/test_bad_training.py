@@ -15,7 +15,7 @@ from PIL import Image
 from src import build, prepare
 from src.config import load, resolve_hardware
 from src.results import read_results
-from src.train import train
+from src.train.flow import train
 from src.types import UserError
 from src.world import watched
 from tests.bad_files import BAD, CAPTIONS, GOOD_FORMS, ODD, deny, encoded, photo, write_cases

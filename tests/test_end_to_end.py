@@ -15,7 +15,7 @@ from src.bench.speed import split_words
 from src.config import load
 from src.prepare import VERBS
 from src.results import read_results, read_rows
-from src.train import train
+from src.train.flow import train
 from tests.conftest import QUICK, ROOT, run_entry, run_folder
 from tests.wandb_reader import finished_run
 

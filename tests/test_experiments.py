@@ -5,7 +5,7 @@ import pytest
 from src.config import load
 from src.results import read_results
 from src.support import options
-from src.train import train
+from src.train.flow import train
 from tests.conftest import QUICK
 
 

@@ -13,7 +13,7 @@ from src.callbacks.base import Preempted
 from src.config import load
 from src.data.feature_cache import WithFollowing
 from src.results import read_results, read_rows
-from src.train import train
+from src.train.flow import train
 from src.types import Batch, UserError
 from tests.conftest import QUICK
 

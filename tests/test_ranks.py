@@ -20,7 +20,7 @@ from src.data.datamodule import PositionSampler
 from src.ranks.launch import first_host, this_node
 from src.ranks.place import ALONE, Ranks, device_count, join
 from src.results import read_rows
-from src.train import train
+from src.train.flow import train
 from src.types import UserError
 from tests.conftest import QUICK, ROOT
 from tests.ranks_spy import spy

@@ -20,7 +20,7 @@ from src.config import load
 from src.data.folder import FolderSource
 from src.data.write_shards import write_shards
 from src.results import read_rows
-from src.train import train
+from src.train.flow import train
 from src.types import UserError
 from tests.bad_files import photo
 from tests.conftest import QUICK, ROOT

@@ -15,7 +15,7 @@ from src.callbacks import control
 from src.callbacks.base import Preempted, TrainingDiverged
 from src.config import load
 from src.results import read_results, read_rows
-from src.train import train
+from src.train.flow import train
 from src.types import UserError
 from tests.conftest import QUICK
 

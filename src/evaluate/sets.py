@@ -15,13 +15,13 @@ import cv2
 from omegaconf import DictConfig, OmegaConf
 
 from src.construct import construct
+from src.data.seen import check_seen
 from src.data.signals import FILTERS
 from src.data.source import Probe, Source
 from src.data.tolerant import tolerant
 from src.evaluate.pictures import PictureFolder, Pictures, Progress, Say
 from src.tasks.base import Task
 from src.types import Sample, UserError
-from src.world import check_seen
 
 FILTER_NAMES = {cv2.INTER_AREA: "area", cv2.INTER_CUBIC: "cubic", cv2.INTER_LINEAR: "linear"}
 

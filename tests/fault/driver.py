@@ -259,7 +259,7 @@ def main() -> None:
     split = sys.argv.index("--")
     given, sys.argv = sys.argv[1:split], [sys.argv[0], *sys.argv[split + 1 :]]
     from src.config import cli
-    from src.train import main as train
+    from src.train.flow import main as train
 
     for fault in given:
         name, *arguments = fault.split(":")

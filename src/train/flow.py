@@ -1,15 +1,9 @@
-"""Train a control adapter: compose, check, build, fit, and prove that control was learned.
-
-    python -m src.train +experiment=unicon_sd3_canny
-
-The last line printed is `run: <folder>`; what is in it: README.md.
-"""
+"""A training from top to bottom: check, build, fit, score, and what it leaves in its folder."""
 
 import contextlib
 import errno
 import io
 import json
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,13 +14,13 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from src import build, faults, preflight, support
+from src import build, faults, preflight
 from src.adapters.base import ControlAdapter
 from src.callbacks.base import Preempted, RunContext, Stop
 from src.callbacks.meter import peak_mem_gib
 from src.callbacks.progress import ImageProgress
 from src.collect import NO_CONTROL, collect, summarise
-from src.config import cli, resolve_hardware
+from src.config import resolve_hardware
 from src.data.feature_cache import FeatureStore
 from src.loggers import build_loggers
 from src.plots import plot_curves
@@ -273,10 +267,3 @@ def say_results(results: Result, folder: Path) -> None:
     prompt = (folder / "examples" / "condition-0.txt").read_text().strip()
     print(f"next: python -m src.sample run={folder} prompt=\"'{prompt}'\" condition={folder}/examples/condition-0.png")
     print(f"run: {folder}", flush=True)
-
-
-if __name__ == "__main__":
-    if "--list" in sys.argv[1:]:
-        print(support.table(), support.reasons(), sep="\n\n")
-    else:
-        cli("train", main)

@@ -1,4 +1,4 @@
-"""What `python -m src.bench` refuses within a second, and that it does so without waiting for torch."""
+"""What `python -m src.bench` and `python -m src.train` refuse within a second: without waiting for torch."""
 
 import json
 import subprocess
@@ -6,16 +6,18 @@ import sys
 
 import pytest
 
-from src.bench.known import LIST, list_of_classes, refuse_known
+from src.bench.known import refuse_known
 from src.config import Unsupported, load
+from src.config.known import LIST, list_of_classes
 from src.types import UserError
 from tests.conftest import ROOT
 
 LIGHT = """
 import json, runpy, sys
-sys.argv = ["bench", *sys.argv[1:]]
+module, *words = sys.argv[1:]
+sys.argv = [module, *words]
 try:
-    runpy.run_module("src.bench", run_name="__main__", alter_sys=True)
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
 except SystemExit:
     pass
 heavy = ("torch", "pytorch_lightning", "diffusers", "transformers", "torchmetrics", "torchvision", "scipy")
@@ -23,7 +25,7 @@ print(json.dumps([name for name in heavy if name in sys.modules]))
 """
 
 
-REFUSED = {
+REFUSED_CELLS = {
     "--help": "hardware",
     "hardware=h20": "hardware",
     "hardwar=cpu": "hardware",
@@ -37,17 +39,29 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("words", REFUSED)
-def test_help_and_refusals_import_nothing_heavy(words):
+REFUSED_TRAININGS = {
+    "--help": "hardware",
+    "adapter=unicorn": "did you mean unicon?",
+    "taks=canny": "did you mean task?",
+    "budget.images=0": "budget.images=0 is below 1",
+    "adapter=controlnet": "use adapter=dit_controlnet",
+    "adapter=controlnet resolution=72": "2 problems",
+}
+
+
+@pytest.mark.parametrize(("module", "words", "said"), [
+    *(("src.bench", *row) for row in REFUSED_CELLS.items()), *(("src.train", *row) for row in REFUSED_TRAININGS.items()),
+])  # fmt: skip
+def test_help_and_refusals_import_nothing_heavy(module, words, said):
     done = subprocess.run(
-        [sys.executable, "-c", LIGHT, *words.split()], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
+        [sys.executable, "-c", LIGHT, module, *words.split()], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
     )
     assert json.loads(done.stdout.strip().splitlines()[-1]) == [], done.stderr
-    assert REFUSED[words] in done.stdout + done.stderr
+    assert said in done.stdout + done.stderr
 
 
 def test_what_is_refused_by_words_alone_is_what_the_classes_refuse():
-    """If they differ: python -m src.bench.known."""
+    """If they differ: python -m src.config.known."""
     assert json.loads(LIST.read_text(encoding="utf-8")) == json.loads(json.dumps(list_of_classes()))
 
 

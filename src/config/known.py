@@ -1,0 +1,70 @@
+"""Which adapters and resolutions a backbone refuses, as a list that is read within milliseconds: known.json.
+
+    python -m src.config.known
+
+writes it anew from the classes; a test holds the two equal. It is there because to ask the classes is to import torch,
+Lightning and the metrics, which takes ten times as long as the answer. What the list does not settle, such as options that
+are not those of the yaml files, is left to the classes.
+"""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from src.config.compose import CONF
+from src.config.messages import ConfigError, Gather, Unsupported
+from src.vocabulary import resolution_fault
+
+LIST = Path(__file__).with_suffix(".json")
+
+
+def refuse_listed(cfg: DictConfig, choices: Mapping[str, Any], pair: bool = True) -> None:
+    """Refuse what the list rules out, with all there is to say of it. Raises ConfigError; Unsupported where it is the pair of
+    adapter and backbone alone. choices: which yaml of each group it has; pair: whether the adapter works on the backbone."""
+    gather, backbone = Gather(), str(choices["backbone"])
+    if _as_in_yaml(cfg, "backbone", backbone):
+        known = json.loads(LIST.read_text(encoding="utf-8"))
+        if pair:
+            gather(_check_pair, cfg, str(choices["adapter"]), backbone, known["pairs"])
+        gather(_check_side, cfg, known["sides"].get(backbone))
+    gather.done()
+
+
+def _check_pair(cfg: DictConfig, adapter: str, backbone: str, pairs: Mapping[str, Any]) -> None:
+    fault = pairs.get(adapter, {}).get(backbone)
+    if fault and _as_in_yaml(cfg, "adapter", adapter):
+        raise Unsupported(fault)
+
+
+def _check_side(cfg: DictConfig, given: Sequence[Any] | None) -> None:
+    if given and (fault := resolution_fault("resolution", cfg.resolution, *given)):
+        raise ConfigError(fault)
+
+
+def _as_in_yaml(cfg: DictConfig, group: str, name: str) -> bool:
+    """Whether a node says what the yaml of this name says, so that the list is about it."""
+    file = CONF / group / f"{name}.yaml"
+    return file.is_file() and OmegaConf.load(file) == OmegaConf.create(OmegaConf.to_container(cfg[group], resolve=False))
+
+
+def list_of_classes() -> dict[str, Any]:
+    """The list, from the classes. pairs: adapter -> backbone -> the refusal; sides: backbone -> the arguments of
+    `resolution_fault` after the side."""
+    from src.support import facts_of, node_of, options, unsupported
+
+    facts = {name: facts_of(name) for name in options("backbone")}
+    pairs = {a: {b: unsupported(node_of("adapter", a), b, known) for b, known in facts.items()} for a in options("adapter")}
+    refused = {a: {b: fault for b, fault in row.items() if fault} for a, row in pairs.items()}
+    sides = {b: (known.multiple, known.largest, known.source) for b, known in facts.items()}
+    return {"pairs": {a: row for a, row in refused.items() if row}, "sides": sides}
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 1:
+        raise SystemExit("error: python -m src.config.known takes no words")
+    LIST.write_text(json.dumps(list_of_classes(), indent=1) + "\n", encoding="utf-8")
+    print(f"wrote {LIST}")
