@@ -106,3 +106,15 @@ def nearest_key(key: str, legal: set[str]) -> str:
     if not siblings and (close := difflib.get_close_matches(key, sorted(legal), n=1)):
         return f"; did you mean {close[0]}?"
     return f"; known: {', '.join(siblings.values()) or ', '.join(sorted(k for k in legal if '.' not in k))}"
+
+
+def quote_hint(text: str) -> str:
+    """What to write instead of a word of the command line that Hydra cannot read, or reads as a sweep."""
+    key, _, value = text.partition("=")
+    return f"quote a value with special characters twice: '{key}=\"{value}\"'" if value else f"write {key}=value"
+
+
+def flat(exc: BaseException) -> str:
+    """Hydra's own words on one line, for what has no better message."""
+    words = [str(e) for e in (exc, exc.__cause__) if e is not None]
+    return " ".join(" ".join(words).split())
