@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
-from src.data.records import first_twins
+from src.data.set_checks import first_twins
 from src.data.source import note_once, refuse_set
 from src.types import UserError
 

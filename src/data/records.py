@@ -1,21 +1,22 @@
 """What folder, hub and shards have in common: raw records in a fixed order, and the source that makes samples of them.
 
-Everything that headers and captions tell is checked when a source is made; pictures are decoded when they are asked for.
+Everything that headers and captions tell is checked when a source is made, much of it by `src.data.set_checks`; pictures are
+decoded when they are asked for.
 """
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 from src.data import captions, picture, signals
-from src.data.framing import Aspect, Crop, Framing, Small, same_aspect
-from src.data.source import BadPair, BadSample, Probe, Source, Split, note_once, refuse_set
+from src.data.framing import Aspect, Crop, Framing, Small
+from src.data.set_checks import Scan, check_pair, check_shapes, refuse_bad, refuse_twins, split_rows, without_small
+from src.data.source import BadSample, Probe, Source, Split
 from src.types import Sample, UserError
 
 READING_VERSION = 3  # part of every fingerprint: raise it when a rule of picture, signals, captions or framing changes
 IMAGE = "image"  # the part of a record that is no signal
-HELD_OUT_PART = 10  # of how many images one is held out where the configuration wants more than there are
 
 
 class Records(ABC):
@@ -106,14 +107,15 @@ class RecordSource(Source):
         rows = list(range(len(records.ids)))
         scans = [self._scan(r) for r in rows] if small_images == "drop" else None
         if scans:
-            rows = self._drop_small(rows, scans)
+            rows = without_small(rows, scans, self.framing, records.where)
         self.rows = split_rows(rows, val_images, split, records.where)
-        self._refuse_twins()
+        refuse_twins(records.ids, records.where)
         self._scans = [scans[r] if scans else self._scan(r) for r in self.rows]
         if on_bad_sample == "raise":
-            self._refuse_bad()
+            refuse_bad(self._scans, records.where)
         squared = not train and sizes is not None  # scores are compared on squares, whatever shapes are trained on
-        self._check_shapes(small_images, "crop" if squared else aspect)
+        ids = [records.ids[r] for r in self.rows]
+        check_shapes(ids, self._scans, self.framing, small_images, "crop" if squared else aspect, records.where)
         self._captions = self._read_captions()
 
     def __len__(self) -> int:
@@ -190,7 +192,7 @@ class RecordSource(Source):
             raise IndexError(f"sample {index} of {len(self)} in {self.records.where}")
         return index // self.copies, index % self.copies == 1
 
-    def _scan(self, row: int) -> picture.Header | BadSample:
+    def _scan(self, row: int) -> Scan:
         """The image's header, after those of its maps were compared with it."""
         try:
             found = self.records.header(row)
@@ -210,90 +212,12 @@ class RecordSource(Source):
             except BadSample as bad:
                 self._scans[place] = bad
         if self.on_bad_sample == "raise":
-            self._refuse_bad()
+            refuse_bad(self._scans, self.records.where)
         ids = [self.records.ids[self.rows[p]] for p in raws]
         where, rules = self.records.where, (self._missing, self._caption_seed)
         found = captions.settle(list(raws.values()), ids, *rules, where, self.records.no_caption)
         there = dict(zip(raws, found, strict=True))
         return [there.get(p, "") for p in range(len(self.rows))]
-
-    def _refuse_twins(self) -> None:
-        twins = first_twins(self.records.ids)
-        if twins:
-            refuse_set(UserError(f"{self.records.where}: the same id stands twice: {', '.join(twins)}; rename one of each"))
-
-    def _refuse_bad(self) -> None:
-        bad = [s for s in self._scans if isinstance(s, BadSample)]
-        if bad:
-            raise refusal(bad, len(self.rows), self.records.where)
-
-    def _drop_small(self, rows: list[int], scans: Sequence[picture.Header | BadSample]) -> list[int]:
-        small = [r for r in rows if self._is(self.framing.is_small, scans[r])]
-        if small:
-            where = self.records.where
-            line = f"{len(small)} of {len(rows)} pictures of {where} are smaller than their frame and left out"
-            note_once(f"small {where}", line)
-        left = set(small)
-        return [r for r in rows if r not in left]
-
-    def _check_shapes(self, small_images: Small, aspect: Aspect) -> None:
-        where, count = self.records.where, len(self.rows)
-        faults = f"of {where} are smaller than their frame"
-        small = [p for p in range(count) if self._is(self.framing.is_small, self._scans[p])]
-        if small and small_images == "refuse":
-            fix = "write data.small_images=upscale or drop, or a smaller resolution"
-            raise UserError(f"{len(small)} of {count} pictures {faults}: {self._sized(small)}; {fix}")
-        if small:
-            note_once(f"small {where} {count}", f"{len(small)} of {count} pictures {faults} and scaled up")
-        cut = [p for p in range(count) if self._is(self.framing.cuts, self._scans[p])] if aspect == "refuse" else []
-        if cut:
-            fix = "write data.aspect=crop, or give them a bucket in data.buckets"
-            raise UserError(f"{len(cut)} of {count} pictures of {where} would lose an edge: {self._sized(cut)}; {fix}")
-
-    def _is(self, test: Callable[[tuple[int, int]], bool], scan: picture.Header | BadSample) -> bool:
-        return not isinstance(scan, BadSample) and test((scan.height, scan.width))
-
-    def _sized(self, places: Sequence[int]) -> str:
-        return ", ".join(
-            f"{self.records.ids[self.rows[p]]} ({self._scans[p].width} x {self._scans[p].height})" for p in places[:10]
-        )
-
-
-def split_rows(rows: list[int], val_images: int, split: Split, where: str) -> list[int]:
-    """The rows of a split: the last `val_images` are held out. Raises UserError where nothing is left to train on."""
-    if val_images < 1:
-        raise UserError(f"data.val_images={val_images}: at least 1 must be held out")
-    if len(rows) <= val_images:
-        fits = max(1, len(rows) // HELD_OUT_PART)
-        fix = f"write data.val_images={fits}" if len(rows) > 1 else "give it more"
-        error = UserError(f"{where} holds {len(rows)} images, and data.val_images={val_images} leaves none to train on; {fix}")
-        if len(rows) < 2:
-            raise error
-        refuse_set(error)
-        val_images = fits
-    return rows[:-val_images] if split == "train" else rows[-val_images:]
-
-
-def check_pair(name: str, signal: str, size: tuple[int, int], image: tuple[int, int]) -> None:
-    """Refuse a map whose aspect ratio is not its image's: whichever were cropped would be a guess. Raises BadSample."""
-    if not same_aspect(size, image):
-        reason = f"the {signal} map is {size[1]} x {size[0]} pixels, its image {image[1]} x {image[0]} (upright)"
-        raise BadPair(name, reason, "crop and turn both alike")
-
-
-def refusal(bad: Sequence[BadSample], count: int, where: str) -> UserError:
-    """One line for samples that were found bad when a source was made; a single one speaks for itself."""
-    if len(bad) == 1:
-        return bad[0]
-    first = ", ".join(f"{b.id} ({b.reason})" for b in bad[:10])
-    fix = "mend or remove them, or write data.on_bad_sample=skip"
-    return UserError(f"{len(bad)} of {count} samples of {where} cannot be read: {first}; {fix}")
-
-
-def first_twins(names: Sequence[str]) -> list[str]:
-    """The first 10 names that stand more than once."""
-    seen: set[str] = set()
-    return list(dict.fromkeys(n for n in names if n in seen or seen.add(n)))[:10]
 
 
 def column(columns: Sequence[str], wanted: str, key: str, where: str) -> str:

@@ -17,7 +17,7 @@ from typing import BinaryIO
 
 from src.data.locks import WholeFile
 from src.data.picture import SUFFIXES, header
-from src.data.records import first_twins
+from src.data.set_checks import first_twins
 from src.data.signals import npy_size
 from src.data.source import BadSample, note_once
 from src.types import UserError

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from src.data.captions import decode_text
-from src.data.records import first_twins
+from src.data.set_checks import first_twins
 from src.types import UserError
 
 
