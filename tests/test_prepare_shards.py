@@ -17,12 +17,13 @@ from PIL import Image
 
 from src import prepare
 from src.config import load
-from src.data import write_shards as module
+from src.data import shard_plan
 from src.data.folder import FolderSource
 from src.data.scenes import SceneSource
+from src.data.shard_plan import plan_shards, suffix_of
 from src.data.shards import ShardSource
 from src.data.source import BadSample
-from src.data.write_shards import plan_shards, suffix_of, write_missing, write_shards
+from src.data.write_shards import write_missing, write_shards
 from src.types import UserError
 
 COUNT, STUCK = 40, 23
@@ -205,7 +206,7 @@ def test_a_folder_of_other_shards_is_refused(whole):
 
 
 def test_too_small_a_disk_is_refused_before_a_shard_is_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 1000}))
+    monkeypatch.setattr(shard_plan.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 1000}))
     with pytest.raises(UserError, match=r"are to be written and the disk has 0\.0 MiB free"):
         write([Recorded()], tmp_path / "out")
     assert not (tmp_path / "out").exists()

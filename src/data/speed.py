@@ -12,9 +12,10 @@ from PIL import Image
 
 from src.data.datamodule import ImageStream
 from src.data.folder import FolderSource
+from src.data.shard_plan import PICTURES
 from src.data.shards import ShardSource
 from src.data.source import Source
-from src.data.write_shards import PICTURES, write_shards
+from src.data.write_shards import write_shards
 from src.spread import spread
 from src.tasks.base import Task
 from src.types import Sample
