@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from src.backbones.base import Backbone
 from src.backbones.source import ModelSource
-from src.config import CONF, Unsupported, load
+from src.config import CONF, Unsupported
 from src.construct import construct
 from src.types import BackboneFacts
 
@@ -63,7 +63,7 @@ def nearest(adapter: Mapping[str, Any], facts: BackboneFacts) -> str:
     same idea, else all there are; and the backbone where it does, preferably of the same family and kind of weights."""
     name, idea = adapter["name"], get_class(adapter["_target_"]).idea
     others = [o for o in options("adapter") if o != "template"]
-    akin = [o for o in others if idea and _class("adapter", o).idea == idea]  # to compose all the others takes seconds
+    akin = [o for o in others if idea and _class("adapter", o).idea == idea]
     works = [o for o in akin if _works(o, facts)] or [o for o in others if o not in akin and _works(o, facts)]
     own = f"adapter={name} with its yaml's own options" if name in others and _works(name, facts) else ""
     here = own or ", ".join(works) or "none"
@@ -116,19 +116,19 @@ def reasons() -> str:
 
 @cache
 def node_of(group: str, name: str) -> dict[str, Any]:
-    """The node that a yaml of a group makes."""
-    return OmegaConf.to_container(load("train", [f"{group}={name}"])[group], resolve=True)
+    """The node that a yaml of a group makes with those in its defaults below it. Such files lean on nothing outside of their
+    group, so they are read as they are: to compose a whole configuration for each takes seconds."""
+    node = OmegaConf.load(Path(CONF) / group / f"{name}.yaml")
+    below = [node_of(group, base) for base in node.pop("defaults", [])]
+    return OmegaConf.to_container(OmegaConf.merge(*below, node), resolve=True)
 
 
 def _works(adapter: str, facts: BackboneFacts) -> bool:
     return refusal(node_of("adapter", adapter), facts) is None
 
 
-@cache
 def _class(group: str, name: str) -> Any:
-    """What a yaml, or the first in its defaults, names as its target: cheaper than to compose it."""
-    node = OmegaConf.load(Path(CONF) / group / f"{name}.yaml")
-    return get_class(node["_target_"]) if "_target_" in node else _class(group, node["defaults"][0])
+    return get_class(node_of(group, name)["_target_"])
 
 
 def _family(name: str) -> str:
@@ -139,7 +139,7 @@ def _family(name: str) -> str:
 @cache
 def facts_of(name: str) -> BackboneFacts:
     """Facts of a backbone by the name of its yaml, without a download."""
-    node = load("train", [f"backbone={name}"]).backbone
-    if not ModelSource(node.source).embedded:
-        node.source = f"random:{name}"
+    node = dict(node_of("backbone", name))
+    if not ModelSource(node["source"]).embedded:
+        node["source"] = f"random:{name}"
     return construct(node).facts

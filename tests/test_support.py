@@ -5,7 +5,7 @@ from omegaconf import OmegaConf
 
 from src.config import CONF, Unsupported, load
 from src.construct import construct
-from src.support import check_cell, matrix, options, reasons, table, tasks_line
+from src.support import check_cell, matrix, node_of, options, reasons, table, tasks_line
 from src.tasks.pose import Pose
 from tests.conftest import QUICK, ROOT, run_entry
 
@@ -20,6 +20,16 @@ def test_the_table_knows_every_adapter_and_backbone():
     for adapter, row in found.items():
         expected = NAMED.get(adapter, set(options("backbone")))
         assert {b for b, reason in row.items() if reason is None} == expected, adapter
+
+
+def test_a_node_is_read_as_it_is_composed():
+    """Which holds while these files lean on nothing outside of their group."""
+    cfg = OmegaConf.to_container(load("train", ["adapter=unicon_half", "backbone=pixart_tiny", "task=pose"]), resolve=True)
+    for group, name in {"adapter": "unicon_half", "backbone": "pixart_tiny", "task": "pose"}.items():
+        assert node_of(group, name) == cfg[group]
+        for file in (CONF / group).glob("*.yaml"):
+            assert "${" not in file.read_text()
+            assert all("/" not in base for base in OmegaConf.load(file).get("defaults", [])), file
 
 
 def test_every_empty_cell_says_why_and_what_instead():
