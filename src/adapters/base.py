@@ -258,14 +258,19 @@ class ControlAdapter(pl.LightningModule):
 
 
 def unreached(adapter: ControlAdapter, batch: Batch) -> list[str]:
-    """Names of trainable parameters that the loss does not depend on, found by asking autograd, and of those that the
+    """Names of trainable parameters that the loss does not depend on, found in autograd's graph, and of those that the
     backbone knows to be computed in vain. For example the text path of the last copied SD3 block.
 
-    Works on `meta`, where it costs no arithmetic.
+    Works on `meta`, where it costs no arithmetic. There is no backward pass: the graph says already what one would reach.
     """
-    named = [(name, p) for name, p in adapter.named_parameters() if p.requires_grad]
-    found = torch.autograd.grad(adapter.losses(batch).sum(), [p for _, p in named], allow_unused=True)
-    names = [name for (name, _), gradient in zip(named, found, strict=True) if gradient is None]
+    with torch.enable_grad():
+        left, met = [adapter.losses(batch).sum().grad_fn], set()
+    while left:
+        if (node := left.pop()) is not None and node not in met:
+            met.add(node)
+            left += [below for below, _ in node.next_functions]
+    reached = {id(node.variable) for node in met if hasattr(node, "variable")}  # a leaf of the graph is a parameter's
+    names = [name for name, p in adapter.named_parameters() if p.requires_grad and id(p) not in reached]
     for number, copied in enumerate(adapter.parts().get("copies", ())):
         prefix = f"copies.{number}."
         unread = {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
