@@ -13,7 +13,7 @@ import torch
 
 from tests.entries import ROOT, run_entry
 
-__all__ = ["CPU", "QUICK", "ROOT", "noisy_inputs", "run_entry", "run_folder"]
+__all__ = ["CPU", "QUICK", "ROOT", "SMALL", "noisy_inputs", "run_entry", "run_folder"]
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
@@ -36,6 +36,9 @@ QUICK = [
     "validation.steps=2",
     "logger=local",
 ]
+# for a test that asks only whether it runs: two optimizer steps of two images, and the fewest pictures that have an interval
+SMALL = [*QUICK, "data.train_images=4", "data.val_images=2", "budget.images=4", "budget.effective_batch=2"]
+SMALL += ["hardware.micro_batch=2", "validation.images=2", "validation.final_images=2", "validation.every_images=4"]
 
 
 def run_folder(done: subprocess.CompletedProcess) -> Path:

@@ -16,7 +16,7 @@ from src.config import load
 from src.prepare import VERBS
 from src.results import read_results, read_rows
 from src.train.flow import train
-from tests.conftest import QUICK, ROOT, run_entry, run_folder
+from tests.conftest import QUICK, ROOT, SMALL, run_entry, run_folder
 from tests.wandb_reader import finished_run
 
 KEYS = {
@@ -219,7 +219,7 @@ def test_every_command_of_the_documents_works(document, words, finished, tmp_pat
         assert "| unicon |" in done.stdout
     elif entry == "train" and not any("hardware=gpu" in o for o in overrides):
         ours = [o for o in overrides if not o.startswith("budget")]
-        typed = [*ours, *QUICK, f"output_dir={tmp_path}", f"cache_dir={cache_dir}"]
+        typed = [*ours, *SMALL, f"output_dir={tmp_path}", f"cache_dir={cache_dir}"]
         if "-m" in ours:
             done = run_entry(entry, *typed)
             assert done.returncode == 0, done.stdout + done.stderr
