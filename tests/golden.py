@@ -11,11 +11,10 @@ from pathlib import Path
 import torch
 
 from src import build
-from src.config import load
 from src.construct import construct
 from src.support import matrix
 from tests.conftest import CPU
-from tests.contract.registry import EMBEDDED_BACKBONES, node
+from tests.contract.registry import EMBEDDED_BACKBONES, configured, node
 from tests.contract.test_adapters import make_batch
 
 FILE = Path(__file__).with_name("golden_losses.json")
@@ -38,7 +37,7 @@ def losses(cell: str) -> list[float]:
     adapter_name, base = cell.split("-")
     backbone = construct(node("backbone", base)).load(CPU, torch.float32)
     text = backbone.encode_text(["a large red ball, gray floor", "a small blue cube, dark floor"], CPU)
-    cfg = load("train", [f"adapter={adapter_name}", f"backbone={base}", "hardware=cpu"])
+    cfg = configured("train", f"adapter={adapter_name}", f"backbone={base}", "hardware=cpu")
     adapter = build.new_adapter(cfg, backbone, training=False)
     batch = make_batch(adapter, backbone, text)
     optimizer, found = torch.optim.AdamW([p for p in adapter.parameters() if p.requires_grad], 5e-4), []

@@ -15,7 +15,7 @@ from src.profiling.tracker import StorageTracker
 from src.support import refusal
 from src.together.measure import measure_shared
 from tests.conftest import CPU
-from tests.contract.registry import EMBEDDED_BACKBONES, node
+from tests.contract.registry import EMBEDDED_BACKBONES, configured, node
 from tests.contract.test_adapters import make_batch, shaken
 
 DESIGNS = [(*cell, "adapter") for cell in itertools.product(("full", "decoder", "skip_layer"), CONNECTORS)]
@@ -43,8 +43,8 @@ def designed(loaded, copy, connector, shortcut="adapter"):
     if (key := (copy, connector, shortcut)) in made:
         made[key][0].checkpointing = "none"
         return made[key]
-    chosen = [f"adapter.copy={copy}", f"adapter.connector={connector}", f"adapter.shortcut={shortcut}"]
-    cfg = load("train", ["adapter=unicon", f"backbone={base}", "hardware=cpu", *chosen])
+    cfg = configured("train", "adapter=unicon", f"backbone={base}", "hardware=cpu")
+    cfg.adapter.update(copy=copy, connector=connector, shortcut=shortcut)
     if refusal(cfg.adapter, backbone.facts) is not None:
         return None, None
     adapter = shaken(build.new_adapter(cfg, backbone, training=False))
@@ -204,7 +204,7 @@ def test_costs_are_those_of_real_steps_that_learn_the_same_however_passes_are_ma
         "kept": {"cached": True},
         "twice": {"reuse": 2},
     }.items():
-        cfgs = [load("train", [f"adapter={a}", "hardware=cpu"]) for a in ("unicon", "unicon_half")]
+        cfgs = [configured("train", f"adapter={a}", "hardware=cpu") for a in ("unicon", "unicon_half")]
         adapters = [build.new_adapter(cfg, sd3_tiny) for cfg in cfgs]
         batch = make_batch(adapters[0], sd3_tiny, text)
         cost = measure_shared(adapters, batch, rounds=2, warmup=1, **chosen)

@@ -13,7 +13,7 @@ from src.backbones.source import SHAPES, SourceError
 from src.config import load
 from src.construct import construct, partial
 from src.profiling.memory import blank_batch
-from src.support import matrix
+from src.support import matrix, node_of
 from tests.conftest import CPU
 
 MILLIONS = {
@@ -134,7 +134,7 @@ def test_nothing_is_dead_where_text_is_only_read(base):
 @pytest.mark.parametrize(("name", "base"), cells())
 def test_a_training_step_of_every_cell_fits(name, base):
     """At twice the smallest resolution: a map of one by one would fit anything that it is added to."""
-    backbone, node = hollow(base), load("train", [f"adapter={name}"]).adapter
+    backbone, node = hollow(base), node_of("adapter", name)
     with torch.device("meta"):
         adapter = partial({k: v for k, v in node.items() if k != "params_match"})(backbone, backbone.objective, None)
         batch = blank_batch(backbone.facts, adapter.condition_space, 2, 2 * backbone.facts.multiple)

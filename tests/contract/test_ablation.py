@@ -14,7 +14,7 @@ from src.profiling.saved import saved_bytes
 from src.support import check_cell
 from src.types import UserError
 from tests.conftest import CPU, noisy_inputs
-from tests.contract.registry import node
+from tests.contract.registry import configured, node
 from tests.contract.test_adapters import alone, controlled, make_batch, shaken
 from tests.unet_shapes import configs_of
 
@@ -32,9 +32,10 @@ def loaded(request):
     return request.param, backbone, backbone.encode_text(["a large red ball", "a small blue cube"], CPU)
 
 
-def configured(base, copy, flow, connector, *more):
-    chosen = [f"adapter.copy={copy}", f"adapter.flow={flow}", f"adapter.connector={connector}"]
-    return load("train", ["adapter=unicon", f"backbone={base}", "hardware=cpu", *chosen, *more])
+def designed(base, copy, flow, connector, blocks=None):
+    cfg = configured("train", "adapter=unicon", f"backbone={base}", "hardware=cpu")
+    cfg.adapter.update(copy=copy, flow=flow, connector=connector, blocks=blocks)
+    return cfg
 
 
 def each(design):
@@ -47,7 +48,7 @@ def each(design):
 @pytest.mark.parametrize(("loaded", "design"), [cell for d in EFFECTIVE for cell in each(d)], indirect=["loaded"])
 def test_a_design_starts_as_the_backbone_and_trains_all_of_itself(loaded, design):
     base, backbone, text = loaded
-    adapter = build.new_adapter(configured(base, *design), backbone, training=False)
+    adapter = build.new_adapter(designed(base, *design), backbone, training=False)
     batch = make_batch(adapter, backbone, text)
     start = (controlled(adapter, backbone, batch) - alone(adapter, backbone, batch)).abs().max()
     assert float(start.detach()) <= 1e-5
@@ -71,9 +72,9 @@ def test_the_table_has_the_papers_cells():
 def test_the_ineffective_cell_is_refused_with_the_papers_reason(loaded, connector):
     base, backbone, _ = loaded
     with pytest.raises(Unsupported, match="ineffective"):
-        check_cell(configured(base, "encoder", "unidirectional", connector), backbone)
+        check_cell(designed(base, "encoder", "unidirectional", connector), backbone)
     with pytest.raises(UserError, match="no trained block is left"):
-        build.new_adapter(configured(base, "encoder", "unidirectional", connector), backbone, training=False)
+        build.new_adapter(designed(base, "encoder", "unidirectional", connector), backbone, training=False)
     assert "copy=decoder" in INEFFECTIVE
 
 
@@ -135,7 +136,7 @@ def test_parts_that_a_u_net_has_not_are_refused(name, part, said):
 def test_another_number_of_blocks(loaded, copy, blocks, indices):
     base, backbone, _ = loaded
     flow = "bidirectional" if copy == "encoder" else "unidirectional"
-    cfg = configured(base, copy, flow, "zero_ft", f"adapter.blocks={blocks}")
+    cfg = designed(base, copy, flow, "zero_ft", blocks)
     adapter = build.new_adapter(cfg, backbone, training=False)
     assert adapter.indices == [i % backbone.facts.depth for i in indices]
 
@@ -143,4 +144,4 @@ def test_another_number_of_blocks(loaded, copy, blocks, indices):
 def test_too_many_blocks_are_refused(loaded):
     base, backbone, _ = loaded
     with pytest.raises(Unsupported, match=f"1 to {backbone.facts.depth} blocks"):
-        check_cell(configured(base, "full", "unidirectional", "zero_ft", "adapter.blocks=99"), backbone)
+        check_cell(designed(base, "full", "unidirectional", "zero_ft", 99), backbone)

@@ -10,12 +10,11 @@ from safetensors.torch import load_file
 
 from src import build
 from src.checkpoint import META_KEY, AdapterCheckpointIO
-from src.config import load
 from src.profiling.saved import saved_bytes
 from src.support import matrix, options
 from src.types import Batch
 from tests.conftest import CPU
-from tests.contract.registry import EMBEDDED_BACKBONES, node
+from tests.contract.registry import EMBEDDED_BACKBONES, configured, node
 
 CELLS = [(a, b) for a in options("adapter") for b in EMBEDDED_BACKBONES if matrix()[a][b] is None]
 
@@ -47,7 +46,7 @@ def cell(request, loaded, configs):
     name, base = request.param
     backbone, text = loaded[0][base], loaded[1][base]
     adapter = build.new_adapter(
-        load("train", [f"adapter={name}", f"backbone={base}", "hardware=cpu"]), backbone, training=False
+        configured("train", f"adapter={name}", f"backbone={base}", "hardware=cpu"), backbone, training=False
     )
     yield adapter, backbone, make_batch(adapter, backbone, text)
     assert described(backbone) == configs[base]
