@@ -25,14 +25,14 @@ from src.types import UserError
 from tests.bad_files import photo
 from tests.conftest import QUICK, ROOT
 
-# 20 optimizer steps of 8 images over 40 training images: the fourth epoch has begun when the run ends
-RUN = [*QUICK, "data.train_images=40", "budget.images=160", "budget.effective_batch=8", "callbacks.meter.every_steps=1"]
-RUN += ["validation.every_images=1000", "caption_dropout=0.3", "optimizer.warmup_images=24"]
+# 20 optimizer steps of 4 images in two turns over 20 training images: four epochs
+RUN = [*QUICK, "data.train_images=20", "budget.images=80", "budget.effective_batch=4", "hardware.micro_batch=2"]
+RUN += ["callbacks.meter.every_steps=1", "caption_dropout=0.3", "optimizer.warmup_images=12"]
+RUN += ["validation.every_images=1000", "validation.images=2", "validation.final_images=4"]
 
 
-@pytest.fixture
-def seen(monkeypatch):
-    """Which images each micro-batch held, in order."""
+def spied(patch: pytest.MonkeyPatch) -> list[tuple[int, str]]:
+    """Which images each micro-batch holds from now on, in order."""
     ids: list[tuple[int, str]] = []
     original = ControlAdapter.training_step
 
@@ -40,8 +40,13 @@ def seen(monkeypatch):
         ids.extend(zip(batch.index, batch.ids, strict=True))
         return original(self, batch, i)
 
-    monkeypatch.setattr(ControlAdapter, "training_step", spy)
+    patch.setattr(ControlAdapter, "training_step", spy)
     return ids
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    return spied(monkeypatch)
 
 
 def go(tmp_path: Path, cache: Path, *extra: str) -> Path:
@@ -74,21 +79,34 @@ def rows(folder: Path) -> list[tuple]:
     return [tuple(r[k] for k in wanted) for r in read_rows(folder / "metrics.jsonl") if "train/loss" in r]
 
 
-@pytest.mark.parametrize(
-    "micro", [pytest.param(8, id="whole-batches", marks=pytest.mark.slow), pytest.param(2, id="accumulation-4")]
-)
-def test_twenty_steps_equal_ten_and_ten(tmp_path, cache_dir, seen, micro):
-    hardware = f"hardware.micro_batch={micro}"
-    straight = go(tmp_path / "a", cache_dir, hardware)
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, cache_dir) -> tuple[Path, list[tuple[int, str]]]:
+    """The whole run, and what it saw: all that stop and go on are held against it."""
+    with pytest.MonkeyPatch.context() as patch:
+        ids = spied(patch)
+        return go(tmp_path_factory.mktemp("uninterrupted"), cache_dir), ids
+
+
+def test_twenty_steps_equal_ten_and_ten(tmp_path, cache_dir, seen, uninterrupted):
+    ten_and_ten(tmp_path, cache_dir, seen, *uninterrupted)
+
+
+@pytest.mark.slow
+def test_twenty_steps_in_whole_batches_equal_ten_and_ten(tmp_path, cache_dir, seen):
+    straight = go(tmp_path / "a", cache_dir, "hardware.micro_batch=4")
     ids = list(seen)
     seen.clear()
-    first = go(tmp_path / "b", cache_dir, hardware, "budget.stop_at_images=80")
+    ten_and_ten(tmp_path / "b", cache_dir, seen, straight, ids, "hardware.micro_batch=4")
+
+
+def ten_and_ten(place: Path, cache: Path, seen: list, straight: Path, ids: list, *extra: str) -> None:
+    first = go(place, cache, "budget.stop_at_images=40", *extra)
     assert not (first / "results.json").exists()
-    assert len(seen) == 80
-    second = resume(first, cache_dir)
+    assert len(seen) == 40
+    second = resume(first, cache)
     assert second == first
     assert list(seen) == ids
-    assert len(ids) == 160
+    assert len(ids) == 80
     assert rows(first) == rows(straight)
     assert len(rows(first)) == 20
     assert equal(weights(first), weights(straight))
@@ -98,22 +116,22 @@ def test_twenty_steps_equal_ten_and_ten(tmp_path, cache_dir, seen, micro):
 
 
 def test_a_resume_may_change_the_micro_batch(tmp_path, cache_dir, seen):
-    first = go(tmp_path, cache_dir, "budget.stop_at_images=80")
+    first = go(tmp_path, cache_dir, "budget.stop_at_images=40")
     resume(first, cache_dir, "hardware=cpu", "hardware.micro_batch=4", "hardware.workers=0")
-    assert [n for n, _ in seen] == list(range(160))
+    assert [n for n, _ in seen] == list(range(80))
     assert len(rows(first)) == 20
 
 
 @pytest.mark.slow
 def test_order_is_a_permutation_of_each_epoch(tmp_path, cache_dir, seen):
     go(tmp_path, cache_dir)
-    epochs = [[name for _, name in seen[e : e + 40]] for e in range(0, 160, 40)]
-    assert all(len(set(e)) == 40 for e in epochs)
+    epochs = [[name for _, name in seen[e : e + 20]] for e in range(0, 80, 20)]
+    assert all(len(set(e)) == 20 for e in epochs)
     assert epochs[0] != epochs[1]
 
 
 def test_changed_science_is_refused_by_key(tmp_path, cache_dir):
-    first = go(tmp_path, cache_dir, "budget.stop_at_images=40")
+    first = go(tmp_path, cache_dir, "budget.stop_at_images=4")
     with pytest.raises(UserError, match=r"optimizer\.algorithm\.lr"):
         resume(first, cache_dir, *RUN, "optimizer.algorithm.lr=0.5")
 
@@ -125,24 +143,22 @@ def test_nothing_to_resume_is_said(tmp_path, cache_dir):
 
 def test_auto_continues_the_unfinished_run_of_this_science_only(tmp_path, cache_dir):
     first = go(tmp_path, cache_dir, "budget.stop_at_images=40")
-    other = go(tmp_path, cache_dir, "resume=auto", "seed=1", "budget.stop_at_images=40")
+    other = go(tmp_path, cache_dir, "resume=auto", "seed=1", "budget.stop_at_images=4")
     again = go(tmp_path, cache_dir, "resume=auto")
     assert other != first
     assert again == first
     assert (first / "results.json").exists()
 
 
-def test_a_broken_newest_checkpoint_is_passed_over(tmp_path, cache_dir, capsys):
-    every = "callbacks.checkpoints.every_images=40"
-    straight = go(tmp_path / "a", cache_dir, every)
-    first = go(tmp_path / "b", cache_dir, every, "budget.stop_at_images=80")
+def test_a_broken_newest_checkpoint_is_passed_over(tmp_path, cache_dir, capsys, uninterrupted):
+    first = go(tmp_path, cache_dir, "callbacks.checkpoints.every_images=20", "budget.stop_at_images=40")
     newest = sorted((first / "checkpoints").glob("images-*"))[-1]
     file = newest / "adapter.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
-    (first / "checkpoints" / ".images-000000120.part").mkdir()
+    (first / "checkpoints" / ".images-000000060.part").mkdir()
     resume(first, cache_dir)
     assert "passed over" in capsys.readouterr().out
-    assert equal(weights(first), weights(straight))
+    assert equal(weights(first), weights(uninterrupted[0]))
     assert not list((first / "checkpoints").glob(".*"))
 
 
@@ -161,19 +177,19 @@ def test_sigterm_saves_and_exits_143_and_auto_finds_it(tmp_path, cache_dir):
     folder = next(tmp_path.glob("*/*/config.yaml")).parent
     saved = sorted((folder / "checkpoints").glob("images-*"))[-1]
     images = json.loads((saved / "meta.json").read_text())["images_seen"]
-    assert images >= 8
+    assert images >= 4
     assert f"run: {folder}" in out
-    typed = [*RUN, *more, "resume=auto", f"budget.stop_at_images={images + 16}"]
+    typed = [*RUN, *more, "resume=auto", f"budget.stop_at_images={images + 8}"]
     with pytest.raises(Preempted) as again:
         train(load("train", typed), typed)
     assert again.value.folder == folder
-    assert [r[0] for r in rows(folder)] == list(range(8, images + 17, 8))
+    assert [r[0] for r in rows(folder)] == list(range(4, images + 9, 4))
     assert OmegaConf.load(folder / "config.yaml").budget.images == 4000
 
 
 def test_sixteen_bits_run_from_end_to_end(tmp_path, cache_dir):
     """Frozen weights in bfloat16, the adapter in float32 under autocast; validation samples in the same precision."""
-    folder = go(tmp_path, cache_dir, "budget.images=16", "hardware=cpu", "hardware.precision=bf16-mixed", "hardware.workers=0")
+    folder = go(tmp_path, cache_dir, "budget.images=8", "hardware=cpu", "hardware.precision=bf16-mixed", "hardware.workers=0")
     assert all(t.dtype == torch.float32 for t in weights(folder).values())
     assert json.loads((folder / "results.json").read_text())["precision"] == "bf16-mixed"
 
@@ -186,10 +202,10 @@ def test_compiled_blocks_learn_the_same(tmp_path, cache_dir):
     assert weights(plain).keys() == weights(compiled).keys()
 
 
-def test_a_signal_in_the_last_validation_loses_nothing(tmp_path, cache_dir, monkeypatch):
+def test_a_signal_in_the_last_validation_loses_nothing(tmp_path, cache_dir, monkeypatch, uninterrupted):
     from src.callbacks import control
 
-    straight = go(tmp_path / "a", cache_dir)
+    straight = uninterrupted[0]
     calls, original = [], control.sample_arm
 
     def interrupted(*args):
@@ -199,9 +215,9 @@ def test_a_signal_in_the_last_validation_loses_nothing(tmp_path, cache_dir, monk
         return original(*args)
 
     monkeypatch.setattr(control, "sample_arm", interrupted)
-    first = go(tmp_path / "b", cache_dir)
+    first = go(tmp_path, cache_dir)
     assert not (first / "outcome.json").exists()
-    assert sorted((first / "checkpoints").glob("images-*"))[-1].name == "images-000000160"
+    assert sorted((first / "checkpoints").glob("images-*"))[-1].name == "images-000000080"
     resume(first, cache_dir)
     scores = [json.loads((f / "outcome.json").read_text())["scores"] for f in (straight, first)]
     assert scores[0] == scores[1]
