@@ -21,7 +21,8 @@ from tests.conftest import QUICK
 
 # 4 optimizer steps of 8 images in micro-batches of 4, with a validation in the middle
 RUN = [*QUICK, "data.train_images=24", "budget.images=32", "budget.effective_batch=8", "hardware.micro_batch=4"]
-RUN += ["validation.every_images=16", "validation.final_images=4", "callbacks.meter.every_steps=1", "caption_dropout=0.3"]
+RUN += ["validation.every_images=16", "validation.images=2", "validation.final_images=2", "validation.steps=1"]
+RUN += ["callbacks.meter.every_steps=1", "caption_dropout=0.3"]
 RUN += ["callbacks.checkpoints.every_images=16", "optimizer.warmup_images=8"]
 HALF = "together=[unicon_half]"
 
