@@ -27,12 +27,13 @@ def run_entry(
 ) -> subprocess.CompletedProcess:
     """`python -m src.<entry> ...` from the repository root; -> as `subprocess.run` with captured text.
 
+    entry: one with a name in front of it, as tests.<name>, is taken as it is.
     fresh: by an interpreter of its own instead, for a test of what is imported. Raises subprocess.TimeoutExpired after
     `timeout` seconds, with the child killed. What a package reads of the environment while it is imported
     (HF_HUB_OFFLINE) must stand there before the first call of the session.
     """
     env = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", **extra_env}
-    words = [sys.executable, "-m", f"src.{entry}", *overrides]
+    words = [sys.executable, "-m", entry if entry.startswith("tests.") else f"src.{entry}", *overrides]
     if fresh:
         return subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout, check=False)
     with tempfile.TemporaryDirectory() as folder:

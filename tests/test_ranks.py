@@ -1,7 +1,6 @@
 """Several devices: the same images, noise, t and loss as one process, one checkpoint for all, and what is refused."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from src.ranks.place import ALONE, Ranks, device_count, join
 from src.results import read_rows
 from src.train.flow import train
 from src.types import UserError
-from tests.conftest import QUICK, ROOT
+from tests.conftest import QUICK, ROOT, run_entry
 from tests.ranks_spy import spy
 
 # 4 optimizer steps of 8 images, over more than one epoch; two ranks see micro-batches of 4, as one process in two turns
@@ -33,12 +32,10 @@ TWO, SHARDED = ["hardware.devices=2"], ["hardware.devices=2", "hardware.strategy
 SPY = "tests.ranks_spy"  # src.train, with the images of every micro-batch written down
 
 
-def go(out: Path, cache: Path, *extra: str, program: str = SPY, **env: str) -> subprocess.CompletedProcess:
-    """A training in processes of its own; what its ranks saw goes into `out`."""
+def go(out: Path, cache: Path, *extra: str, **env: str) -> subprocess.CompletedProcess:
+    """A training in processes of its own, of which the one that starts the ranks is forked; what they saw goes into `out`."""
     out.mkdir(exist_ok=True)
-    command = [sys.executable, "-m", program, *extra, f"cache_dir={cache}"]
-    around = {**os.environ, "OMP_NUM_THREADS": "1", "SPY_FOLDER": str(out), **env}
-    return subprocess.run(command, cwd=ROOT, env=around, capture_output=True, text=True, timeout=300, check=False)
+    return run_entry(SPY, *extra, f"cache_dir={cache}", SPY_FOLDER=str(out), **env)
 
 
 def run_of(done: subprocess.CompletedProcess) -> Path:
