@@ -1,6 +1,7 @@
 """Shared fixtures: the embedded backbones, random ones of other shapes, and small runs through the real entries."""
 
 import copy
+import gc
 import json
 import os
 import subprocess
@@ -47,6 +48,12 @@ def run_folder(done: subprocess.CompletedProcess) -> Path:
     last = done.stdout.strip().splitlines()[-1]
     assert last.startswith("run: "), done.stdout + done.stderr
     return ROOT / last.removeprefix("run: ")
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: without this the collector looks through half a million objects again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
