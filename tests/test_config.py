@@ -29,6 +29,7 @@ from src.config import (
 from src.config.checks import check_names, check_nodes, check_values, resolve
 from src.config.signatures import fits, hint_name
 from src.types import UserError
+from tests.contract.registry import configured
 
 SAMPLE = ["run=runs/x", "prompt=a ball", "condition=edges.png"]
 OPTIONS = [(f.parent.name, f.stem) for f in sorted(CONF.glob("[a-z]*/*.yaml")) if f.parent.name not in ("shared", "experiment")]
@@ -358,13 +359,13 @@ def test_auto_follows_the_memory_of_the_gpu_and_has_no_rates_of_another(name, gi
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: facts)
-    hardware = resolve_hardware(load("train")).hardware
+    hardware = resolve_hardware(configured("train")).hardware
     assert (hardware.name, hardware.accelerator, hardware.precision) == (profile, "gpu", "bf16-mixed")
     assert hardware.memory_gib <= gib + 0.01
     assert hardware.rates.get("bandwidth_gb_s") == bandwidth
     assert ("its rates are not known: no bound on time, no MFU" in capsys.readouterr().out) == (bandwidth is None)
-    assert hardware.keys() == load("train", [f"hardware={profile}"]).hardware.keys()
-    own = load("train")
+    assert hardware.keys() == configured("train", f"hardware={profile}").hardware.keys()
+    own = configured("train")
     own.hardware.rates = {"gpu": "mine"}
     assert resolve_hardware(own).hardware.rates == {"gpu": "mine"}
     assert "rates" not in capsys.readouterr().out

@@ -21,6 +21,7 @@ from src.construct import construct
 from src.profiling.memory import estimate_for
 from src.types import UserError
 from tests.conftest import CPU, noisy_inputs
+from tests.contract.registry import configured as composed
 from tests.contract.test_adapters import alone, controlled, make_batch, shaken
 
 KINDS = ("int8", "fp8")
@@ -29,7 +30,7 @@ CAPTIONS = ["a large red ball", "a small blue cube"]
 
 
 def configured(base="sd3_tiny", adapter="unicon", *more):
-    return load("train", [f"backbone={base}", f"adapter={adapter}", "hardware=cpu", *more])
+    return composed("train", f"backbone={base}", f"adapter={adapter}", "hardware=cpu", *more)
 
 
 @pytest.fixture(scope="module")
