@@ -42,8 +42,8 @@ def words(pictures, *more):
 def test_an_adapter_trains_on_several_shapes_at_once(backbone, pictures, tmp_path):
     # the no-control arm needs a black condition of every shape
     done = run_entry(
-        "train", *words(pictures, f"backbone={backbone}", "control_arm=true"),
-        f"output_dir={tmp_path}", f"cache_dir={tmp_path / 'cache'}",
+        "train", *words(pictures, f"backbone={backbone}", "control_arm=true"), "budget.images=32", "budget.effective_batch=8",
+        "hardware.micro_batch=8", "validation.every_images=32", f"output_dir={tmp_path}", f"cache_dir={tmp_path / 'cache'}",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads((run_folder(done) / "results.json").read_text())

@@ -116,10 +116,10 @@ def ten_and_ten(place: Path, cache: Path, seen: list, straight: Path, ids: list,
 
 
 def test_a_resume_may_change_the_micro_batch(tmp_path, cache_dir, seen):
-    first = go(tmp_path, cache_dir, "budget.stop_at_images=40")
+    first = go(tmp_path, cache_dir, "budget.images=40", "budget.stop_at_images=24")
     resume(first, cache_dir, "hardware=cpu", "hardware.micro_batch=4", "hardware.workers=0")
-    assert [n for n, _ in seen] == list(range(80))
-    assert len(rows(first)) == 20
+    assert [n for n, _ in seen] == list(range(40))
+    assert len(rows(first)) == 10
 
 
 @pytest.mark.slow
@@ -142,9 +142,10 @@ def test_nothing_to_resume_is_said(tmp_path, cache_dir):
 
 
 def test_auto_continues_the_unfinished_run_of_this_science_only(tmp_path, cache_dir):
-    first = go(tmp_path, cache_dir, "budget.stop_at_images=40")
-    other = go(tmp_path, cache_dir, "resume=auto", "seed=1", "budget.stop_at_images=4")
-    again = go(tmp_path, cache_dir, "resume=auto")
+    short = "budget.images=12"
+    first = go(tmp_path, cache_dir, short, "budget.stop_at_images=4")
+    other = go(tmp_path, cache_dir, short, "resume=auto", "seed=1", "budget.stop_at_images=4")
+    again = go(tmp_path, cache_dir, short, "resume=auto")
     assert other != first
     assert again == first
     assert (first / "results.json").exists()
