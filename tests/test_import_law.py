@@ -7,7 +7,7 @@ import pytest
 
 SRC = Path(__file__).resolve().parents[1] / "src"
 ROWS = [
-    {"vocabulary", "types", "rng", "hub", "objectives", "spread"},
+    {"vocabulary", "types", "rng", "hub", "objectives", "parent", "spread"},
     {"backbones", "tasks", "text", "data"},
     {"sampling", "checkpoint", "profiling", "metrics"},
     {"adapters"},

@@ -9,11 +9,9 @@ import functools
 import hashlib
 import json
 import logging
-import multiprocessing
 import os
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +21,7 @@ from src.data.cache import mib
 from src.data.locks import RowLocks, WholeFile
 from src.data.shard_plan import SHARDS_VERSION, ShardPlan, plan_shards, suffix_of, write_shard
 from src.data.source import Source
+from src.parent import worker_pool
 from src.types import UserError
 
 SAY_EVERY_S = 30.0
@@ -105,7 +104,7 @@ def _silent(line: str) -> None:
 def _run_local(plan: ShardPlan, workers: int, say: Callable[[str], None]) -> None:
     if workers < 2:
         return write_missing(plan, say)
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with worker_pool(workers, spawn=True) as pool:
         jobs = [pool.submit(write_missing, plan, _silent) for _ in range(workers)]
         for job in jobs:
             job.result()

@@ -9,7 +9,6 @@ import json
 import os
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from src.backbones.source import EMBEDDED_ROOT
 from src.config import load
 from src.data.scenes import JOINTS, PEOPLE_VERSION, SCENES_VERSION, render, sample_people, sample_scene
 from src.embedded.training import train_detector
+from src.parent import worker_pool
 from src.results import write_atomic
 from src.tasks.nearness import depth_picture
 from src.tasks.pose import FEWEST_JOINTS, OKS_THRESHOLDS, PCK_ALPHA, oks, pck
@@ -69,7 +69,7 @@ def load_lessons(world: int, count: int, cache_dir: Path, workers: int) -> Lesso
     if not folder.exists():
         jobs = [(world, s, min(s + CHUNK, count)) for s in range(0, count, CHUNK)]
         if workers > 1:
-            with ProcessPoolExecutor(workers) as pool:
+            with worker_pool(workers) as pool:
                 parts = list(pool.map(_render_chunk, jobs))
         else:
             parts = [_render_chunk(job) for job in jobs]

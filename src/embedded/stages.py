@@ -11,12 +11,10 @@ Files in the cache folder: prepare.json (whose work it is), world-*/, vae.pt and
 """
 
 import json
-import multiprocessing
 import os
 import shutil
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -50,6 +48,7 @@ from src.embedded.score import score_backbone
 from src.embedded.training import train_backbone
 from src.embedded.vae import PatchBasis, fit_basis, to_signed, train_vae
 from src.embedded.world import World, load_world
+from src.parent import worker_pool
 from src.results import environment, read_rows, write_atomic
 from src.types import UserError
 
@@ -71,7 +70,7 @@ def main(cfg: DictConfig) -> None:
     learned = f"{vae_steps(cfg)} steps, {cache / 'vae.jsonl'}"
     say(f"autoencoder: {f'that of {shared.parent}' if shared else learned}")
     say(f"diffusion model: {recipe.steps} steps, {cache / cfg.backbone.name}.jsonl")
-    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with worker_pool(2, spawn=True) as pool:
         for job in [pool.submit(stage_vae, cfg), pool.submit(stage_backbone, cfg)]:
             job.result()
     stage_reader(cfg)

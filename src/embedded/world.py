@@ -5,13 +5,13 @@ Legend: N scenes, S side in pixels. A cache folder is named by everything that d
 
 import json
 import os
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from src.data.scenes import BONES, SCENES_VERSION, render, sample_scene
+from src.parent import worker_pool
 from src.tasks.edges import colour_canny
 from src.tasks.nearness import depth_picture
 from src.tasks.skeleton import draw_skeletons
@@ -54,7 +54,7 @@ def load_world(seed: int, count: int, size: int, map_scenes: int, cache_dir: Pat
     folder = cache_dir / f"world-v{SCENES_VERSION}-seed{seed}-n{count}-m{map_scenes}-{size}px"
     if not folder.exists():
         jobs = [(seed, s, min(s + CHUNK, count), size, map_scenes) for s in range(0, count, CHUNK)]
-        with ProcessPoolExecutor(workers) as pool:
+        with worker_pool(workers) as pool:
             parts = list(pool.map(_render_chunk, jobs))
         part_folder = folder.with_name(f".{folder.name}.{os.getpid()}")
         part_folder.mkdir(parents=True)

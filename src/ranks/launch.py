@@ -14,7 +14,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from src.parent import end_with
 from src.results import hide_secrets, scrub
 from src.types import UserError
 
@@ -205,13 +205,5 @@ def record(error: BaseException) -> None:
 
 def end_with_parent() -> None:
     """End this rank when the process that watches it is killed: nobody else would."""
-    if FOLDER not in os.environ:
-        return
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1.0)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True, name="watches-parent").start()
+    if FOLDER in os.environ:
+        end_with(os.getppid())
