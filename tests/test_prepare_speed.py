@@ -105,5 +105,6 @@ def test_the_page_on_data_states_the_committed_numbers(column):
     text = " ".join(lines)
     assert f"{found['training']['wait_share']:.2%}".replace("%", " %") in text
     assert f"{found['training']['step_ms']} ms" in text
-    check = json.loads((ROOT / "experiments" / "data_speed" / "check_10000.json").read_text())
-    assert f"{check['seconds']} s on 10,000" in text
+    files = sorted((ROOT / "experiments" / "data_speed").glob("check_10000_run*.json"))
+    one, two, three = (json.loads(file.read_text())["seconds"] for file in files)
+    assert f"{one}, {two} and {three} s on 10,000" in text

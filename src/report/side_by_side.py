@@ -19,7 +19,7 @@ from src.vocabulary import UserError, refused_in_one_line
 HOME = Path(__file__).resolve().parents[2] / "experiments"
 SHARED = ("source", "condition")  # of a scene, whatever the backbone
 ALONE, OWN = GRID_COLUMNS.index("no control"), GRID_COLUMNS.index("controlled")
-ROUNDING = 1  # of 255, in what a network drew: another processor sums in another order, and a pixel in thousands differs
+ROUNDING = 1  # of 255: another processor sums in another order, and a pixel in thousands of a render or a drawing differs
 ORDER = ("unicon", "unicon_half", "controlnet", "dit_controlnet", "t2i_adapter", "control_lora", "scedit")
 
 
@@ -62,12 +62,12 @@ def check_same(shown: list[Shown], columns: tuple[str, ...]) -> None:
         for row, (one, two) in enumerate(zip(first.scenes, other.scenes, strict=True)):
             for column in columns:
                 place = GRID_COLUMNS.index(column)
-                if not _alike(one[place], two[place], 0 if column in SHARED else ROUNDING):
+                if not _alike(one[place], two[place]):
                     raise UserError(f"{other.folder}: row {row + 1} has another {column} than in {first.folder}")
 
 
-def _alike(one: np.ndarray, two: np.ndarray, levels: int) -> bool:
-    return one.shape == two.shape and np.abs(one.astype(int) - two).max() <= levels
+def _alike(one: np.ndarray, two: np.ndarray) -> bool:
+    return one.shape == two.shape and np.abs(one.astype(int) - two).max() <= ROUNDING
 
 
 def combine(task: str, home: Path = HOME) -> list[Path]:
@@ -77,16 +77,16 @@ def combine(task: str, home: Path = HOME) -> list[Path]:
         by_base.setdefault(one.backbone, []).append(one)
     for group in by_base.values():
         check_same(group, (*SHARED, "no control"))
+    everyone = [one for group in by_base.values() for one in group]
+    check_same(everyone, SHARED)
     out, files = home / "side_by_side", []
     for base, group in by_base.items():
         titles = [*SHARED, "no control", *(one.title for one in group)]
         cells = [[*scene[: ALONE + 1], *(one.scenes[r][OWN] for one in group)] for r, scene in enumerate(group[0].scenes)]
         files.append(out / f"grid-{base}-{task}.png")
         plot_grid(cells, titles, files[-1])
-    everyone = [one for group in by_base.values() for one in group]
     if len(by_base) > 1:
-        check_same(everyone, SHARED)  # before the backbone comes in
-        titles = [*SHARED, *(f"{one.backbone} {one.title}" for one in everyone)]
+        titles = [*SHARED, *(f"{one.backbone.replace('_', ' ')} {one.title}" for one in everyone)]
         scenes = enumerate(everyone[0].scenes)
         cells = [[*scene[: len(SHARED)], *(one.scenes[r][OWN] for one in everyone)] for r, scene in scenes]
         files.append(out / f"grid-all-{task}.png")
