@@ -78,7 +78,7 @@ soak: $(STAMP) ## a long training with random kills beside one without: equal to
 report: $(STAMP) ## tables, plots and one page of everything below runs/
 	$(BIN)/python -m src.report runs=[runs] out=report
 
-test: $(STAMP) ## the tests, 15 to 20 minutes on 2 cores
+test: $(STAMP) ## the tests, about 15 minutes on 2 cores
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-faults: $(STAMP) ## a dozen faults put into real trainings, some minutes
