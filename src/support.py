@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from src.backbones.base import Backbone
 from src.backbones.source import ModelSource
 from src.config import CONF, Unsupported
+from src.config.nodes import node_of
 from src.construct import construct
 from src.types import BackboneFacts
 
@@ -112,15 +113,6 @@ def reasons() -> str:
             lines.append(f"{adapter} not on {where}: {reason}")
     lines += [f"{task} not on {base}: {reason}" for task, row in task_gaps().items() for base, reason in row.items()]
     return "\n".join(lines)
-
-
-@cache
-def node_of(group: str, name: str) -> dict[str, Any]:
-    """The node that a yaml of a group makes with those in its defaults below it. Such files lean on nothing outside of their
-    group, so they are read as they are: to compose a whole configuration for each takes seconds."""
-    node = OmegaConf.load(Path(CONF) / group / f"{name}.yaml")
-    below = [node_of(group, base) for base in node.pop("defaults", [])]
-    return OmegaConf.to_container(OmegaConf.merge(*below, node), resolve=True)
 
 
 def _works(adapter: str, facts: BackboneFacts) -> bool:

@@ -11,9 +11,10 @@ import torch
 from src import build
 from src.backbones.source import SHAPES, SourceError
 from src.config import load
+from src.config.nodes import node_of
 from src.construct import construct, partial
 from src.profiling.memory import blank_batch
-from src.support import matrix, node_of
+from src.support import matrix
 from tests.conftest import CPU
 
 MILLIONS = {

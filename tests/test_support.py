@@ -4,8 +4,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from src.config import CONF, Unsupported, load
+from src.config.nodes import node_of
 from src.construct import construct
-from src.support import check_cell, matrix, node_of, options, reasons, table, tasks_line
+from src.support import check_cell, matrix, options, reasons, table, tasks_line
 from src.tasks.pose import Pose
 from tests.conftest import QUICK, ROOT, run_entry
 

@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from src.config.compose import CONF
 from src.config.messages import ConfigError, Gather, Unsupported
+from src.config.nodes import node_of
 from src.vocabulary import resolution_fault
 
 LIST = Path(__file__).with_suffix(".json")
@@ -47,14 +48,14 @@ def _check_side(cfg: DictConfig, given: Sequence[Any] | None) -> None:
 
 def _as_in_yaml(cfg: DictConfig, group: str, name: str) -> bool:
     """Whether a node says what the yaml of this name says, so that the list is about it."""
-    file = CONF / group / f"{name}.yaml"
-    return file.is_file() and OmegaConf.load(file) == OmegaConf.create(OmegaConf.to_container(cfg[group], resolve=False))
+    known = (CONF / group / f"{name}.yaml").is_file()  # a folder of --config-dir may have others
+    return known and node_of(group, name) == OmegaConf.to_container(cfg[group], resolve=False)
 
 
 def list_of_classes() -> dict[str, Any]:
     """The list, from the classes. pairs: adapter -> backbone -> the refusal; sides: backbone -> the arguments of
     `resolution_fault` after the side."""
-    from src.support import facts_of, node_of, options, unsupported
+    from src.support import facts_of, options, unsupported
 
     facts = {name: facts_of(name) for name in options("backbone")}
     pairs = {a: {b: unsupported(node_of("adapter", a), b, known) for b, known in facts.items()} for a in options("adapter")}

@@ -1,13 +1,9 @@
 """Profiles of conf/hardware/ as they stand in their files, and which of them is a card's."""
 
-import functools
 import re
-from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
-from src.config.compose import CONF
+from src.config.nodes import node_of
 
 # from how many GiB of one device; profiles of that size: that of any card, and those that differ in whose rates they have
 PROFILES = ((120, ("h200",)), (70, ("gpu_80g", "h100")), (0, ("gpu_24g",)))
@@ -15,7 +11,7 @@ PROFILES = ((120, ("h200",)), (70, ("gpu_80g", "h100")), (0, ("gpu_24g",)))
 
 def profile(name: str) -> dict[str, Any]:
     """The keys of a profile, those of what it builds on included."""
-    return dict(_read(CONF / "hardware" / f"{name}.yaml"))
+    return dict(node_of("hardware", name))
 
 
 def profile_of(gpu: str, memory_gib: float) -> dict[str, Any]:
@@ -28,10 +24,3 @@ def profile_of(gpu: str, memory_gib: float) -> dict[str, Any]:
 def is_gpu(device: str, model: str) -> bool:
     """Whether a device's name, as torch has it, names a model in whole words: a GH200 is no H200."""
     return re.search(rf"(?<!\w){re.escape(model)}(?!\w)", device) is not None
-
-
-@functools.cache
-def _read(file: Path) -> dict[str, Any]:
-    own: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(file))  # type: ignore[assignment]
-    below = [_read(file.with_name(f"{name}.yaml")) for name in own.pop("defaults", [])]
-    return {key: value for part in (*below, own) for key, value in part.items()}

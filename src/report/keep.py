@@ -11,10 +11,10 @@ import sys
 from pathlib import Path
 
 from src.config import CONF
+from src.report.side_by_side import HOME
 from src.results import Result, read_results, write_atomic
 from src.vocabulary import UserError, refused_in_one_line
 
-HOME = Path(__file__).resolve().parents[2] / "experiments"
 SAME = ("results.json", "outcome.json", "curves.png")
 
 
@@ -28,9 +28,9 @@ def files_of(run: Path) -> dict[str, Path]:
     return found
 
 
-def check(run: Path) -> Result:
+def check(run: Path, results: Path) -> Result:
     """The result of a run that may be kept. Raises UserError."""
-    result = read_results(files_of(run)["results.json"])
+    result = read_results(results)
     if not (CONF / "experiment" / f"{result.experiment}.yaml").is_file():
         raise UserError(f"{run}: {result.experiment} is no file of conf/experiment; run +experiment=<one of those>")
     if result.git_dirty is not False or result.git_sha == "unknown":
@@ -47,12 +47,13 @@ def changes(before: Result, now: Result) -> list[str]:
 
 def keep(runs: list[Path], home: Path = HOME) -> list[str]:
     """Copy the runs, all or none. -> a line or more of each. Raises UserError."""
-    results, lines = [check(run) for run in runs], []
-    for run, result in zip(runs, results, strict=True):
+    found, lines = [files_of(run) for run in runs], []
+    results = [check(run, files["results.json"]) for run, files in zip(runs, found, strict=True)]
+    for files, result in zip(found, results, strict=True):
         folder = home / result.experiment
         told = changes(read_results(folder / "results.json"), result) if (folder / "results.json").exists() else ["  new"]
         folder.mkdir(parents=True, exist_ok=True)
-        for name, file in files_of(run).items():
+        for name, file in files.items():
             write_atomic(folder / name, file.read_bytes())
         lines += [f"{result.experiment}: {'all scores as before' if not told else 'kept'}", *told]
     return lines
