@@ -27,6 +27,7 @@ from src.data.stores import build_stores, plan_stores
 from src.tasks.canny import Canny
 from src.types import Sample, UserError
 from tests.conftest import CPU, QUICK, ROOT, run_entry
+from tests.processes import wait_for
 
 COUNT, STUCK = 96, 40
 FORK = multiprocessing.get_context("fork")
@@ -83,13 +84,6 @@ def start(run, *args) -> multiprocessing.Process:
     process = FORK.Process(target=run, args=args)
     process.start()
     return process
-
-
-def wait_for(condition, seconds=120) -> None:
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until, "nothing happened"
-        time.sleep(0.02)
 
 
 def kill(process: multiprocessing.Process) -> None:

@@ -25,6 +25,7 @@ from src.data.shards import ShardSource
 from src.data.source import BadSample
 from src.data.write_shards import write_missing, write_shards
 from src.types import UserError
+from tests.processes import wait_for
 
 COUNT, STUCK = 40, 23
 FORK = multiprocessing.get_context("fork")
@@ -57,13 +58,6 @@ def write(sources, out, engine="local", workers=0, mib=SMALL_MIB, picture="png")
 
 def content(folder: Path) -> dict[str, bytes]:
     return {f.name: f.read_bytes() for f in folder.iterdir() if f.name != ".locks"}
-
-
-def wait_for(condition, seconds=120) -> None:
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until, "nothing happened"
-        time.sleep(0.02)
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,7 @@ from src.sweep.process import WARNING, CellProcess, judge
 from src.sweep.rows import BROKEN, Row, exit_code, identity, key_of
 from src.types import UserError
 from tests.conftest import ROOT
+from tests.processes import alive
 
 # What stands in for a verb's process: `seed` says how it ends, a file `mended` that all is well now. It says when it ran
 # and which GPUs it saw.
@@ -132,13 +133,6 @@ def test_torch_out_of_memory_on_a_cpu_is_known(tmp_path):
         torch.empty(2**58)
     process = CellProcess([sys.executable, "-c", f"raise RuntimeError({str(says.value)!r})"], tmp_path / "log", {}, None, 1)
     assert judge(process.wait(0.02), process.log, None).status == "oom"
-
-
-def alive(pid: int) -> bool:
-    try:
-        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return False
 
 
 def test_a_cell_that_does_not_end_is_ended_with_its_workers(tmp_path):
