@@ -8,6 +8,7 @@ from typing import Literal
 ConditionSpace = Literal["latent", "pixel"]
 Checkpointing = Literal["none", "adapter", "both"]  # whose blocks are recomputed in the backward pass
 Compile = Literal["none", "frozen", "all"]  # whose blocks torch.compile takes
+EIGHT_BIT = ("bitsandbytes.optim.Adam8bit", "bitsandbytes.optim.AdamW8bit")  # others in 8 bits keep other moments
 Fit = Literal["refuse", "warn", "auto"]  # what a training does that should not fit the memory
 TIME_LAWS = ("native", "cubic")  # at which noise levels an objective is trained: see `src.objectives`
 OWN = "auto"  # the solver that every other entry draws with

@@ -7,8 +7,9 @@ import sys
 import pytest
 
 from src.bench.known import refuse_known
-from src.config import Unsupported, load
-from src.config.known import LIST, list_of_classes
+from src.config import Unsupported, arguments, load
+from src.config.known import LIST, list_of_arguments, list_of_classes
+from src.config.signatures import INJECTED, asked, fits, hint_name, locate
 from src.types import UserError
 from tests.conftest import ROOT
 
@@ -36,6 +37,8 @@ REFUSED_CELLS = {
     "hardware.overlap=true": "no next pass",
     "naive=true floor=true": "write what=training floor=false",
     "adapter=controlnet resolution=72 batch=0": "3 problems",
+    "optimizer.lr=1": "did you mean optimizer.algorithm.lr?",
+    "+adapter.copi=full mode=estimate": "did you mean adapter.copy?",
 }
 
 
@@ -46,6 +49,13 @@ REFUSED_TRAININGS = {
     "budget.images=0": "budget.images=0 is below 1",
     "adapter=controlnet": "use adapter=dit_controlnet",
     "adapter=controlnet resolution=72": "2 problems",
+    "optimizer.lrr=3": "known: optimizer.algorithm",
+    "optimizer.algorithm.lrr=3": "did you mean optimizer.algorithm.lr?",
+    "+callbacks.guard.max=3": "callbacks.guard.max_in_a_row",
+    "adapter.copy=ful": "did you mean full?",
+    "data.people=true": "+data.people=...",
+    "+data.people=3": "should be bool",
+    "budget.imags=3 resolution=x": "budget.imags=3",
 }
 
 
@@ -63,6 +73,32 @@ def test_help_and_refusals_import_nothing_heavy(module, words, said):
 def test_what_is_refused_by_words_alone_is_what_the_classes_refuse():
     """If they differ: python -m src.config.known."""
     assert json.loads(LIST.read_text(encoding="utf-8")) == json.loads(json.dumps(list_of_classes()))
+
+
+def test_listed_arguments_are_those_of_the_classes():
+    """If they differ: python -m src.config.known."""
+    rows = json.loads(json.dumps(list_of_arguments()))
+    assert json.loads(arguments.LIST.read_text(encoding="utf-8")) == rows
+    for target, row in rows.items():
+        found, given = arguments.listed(target), asked(locate(target, "x", str))
+        assert found["arguments"].keys() == given["arguments"].keys() == row["arguments"].keys()
+        for name, (hint, needed) in given["arguments"].items():
+            assert found["arguments"][name][1] == needed
+            if name in INJECTED["optimizer.algorithm"]:
+                continue  # iterables of tensors, which no yaml holds
+            assert hint_name(found["arguments"][name][0]) == hint_name(hint), (target, name)
+            for value in (None, True, 1, 0.5, "full", [1, 2], [0.5, 0.9], ["x"], {"a": "b"}, "latent"):
+                assert fits(value, found["arguments"][name][0]) == fits(value, hint), (target, name, value)
+
+
+def test_a_class_that_is_not_the_listed_one_is_asked_itself(monkeypatch, tmp_path):
+    target = "src.adapters.unicon.UniCon"
+    old = json.loads(arguments.LIST.read_text(encoding="utf-8"))
+    for name in old[target]["of"]:
+        row = {**old[target], "of": {**old[target]["of"], name: "0" * 16}}
+        monkeypatch.setattr(arguments, "_rows", lambda row=row: {target: row})
+        assert arguments.listed.__wrapped__(target) is None
+    assert arguments.listed.__wrapped__("torch.optim.SGD") is None
 
 
 def refused_early(*words):

@@ -15,12 +15,12 @@ from src.bench.plan import Cell, low_dtype
 from src.bench.work import Drawing, training_step, watch_drawing
 from src.construct import construct
 from src.profiling.counter import OpCounter
-from src.profiling.optimizer import EIGHT_BIT
 from src.profiling.step import Step, watch
 from src.profiling.tracker import GIB
 from src.sampling import denoise, solver_for
 from src.spread import spread
 from src.types import TextCond
+from src.vocabulary import EIGHT_BIT
 
 PHASES = ("forward", "backward", "optimizer")
 

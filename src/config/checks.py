@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from src.config.messages import COMMAND_LINE, ConfigError, Gather, Where, guess, key_is, nearest_key
 from src.config.signatures import HYDRA_KEYS, fits, hint_name, signature
 from src.results import HIDDEN, hide_secrets
+from src.vocabulary import EIGHT_BIT
 
 KEYS_GO = "keys and tokens are read from the environment alone, since a configuration is kept in files; leave it out"
 
@@ -141,8 +142,9 @@ def _check_value(tree: dict, field: dataclasses.Field, key: str, where: Where) -
 def check_nodes(tree: dict, schema: type, where: Where, typed_only: bool = False) -> None:
     """Every node with a `_target_` against the signature of its class: names, required arguments and types.
 
-    Imports what the nodes name, and so diffusers and Lightning: seconds. typed_only: leaves nodes out of which nothing was
-    typed on the command line, for whoever has a fault to tell already and should not be kept waiting.
+    Imports a class whose arguments are not listed (src/config/arguments.py), and with it torch: seconds. typed_only: leaves
+    nodes out of which nothing was typed on the command line, for whoever has a fault to tell already and should not be kept
+    waiting.
     """
     gather = Gather()
     for key, group, node in target_nodes(tree, schema):
@@ -155,11 +157,8 @@ def check_nodes(tree: dict, schema: type, where: Where, typed_only: bool = False
 
 def _known_by_numbers(tree: Mapping, group: str, node: Any) -> bool:
     """Whether an estimate takes an optimizer from a table, and so has no need of its class, whose package may not be here."""
-    if tree.get("mode") != "estimate" or group != "optimizer.algorithm" or not isinstance(node, Mapping):
-        return False
-    from src.profiling.optimizer import EIGHT_BIT  # torch comes with it
-
-    return node.get("_target_") in EIGHT_BIT
+    estimated = tree.get("mode") == "estimate" and group == "optimizer.algorithm" and isinstance(node, Mapping)
+    return estimated and node.get("_target_") in EIGHT_BIT
 
 
 def _check_node(tree: dict, schema: type, key: str, group: str, node: Any, where: Where) -> None:

@@ -140,12 +140,14 @@ def _blame(place: str, key: str, value: Any, exc: BaseException, *, schema: type
     wanted = _expected(schema, key)
     if isinstance(exc, (ConfigKeyError, ConfigAttributeError)) or wanted is None:
         legal = legal_keys({}, schema, origin)
-        # keys of classes cost their import: not for a word whose neighbour the schema knows
+        # keys of a class that is not listed cost its import: not for a word whose neighbour the schema knows
         if "." in key or not guess(key, (known for known in legal if "." not in known)):
             with contextlib.suppress(ConfigError):
                 legal = legal_keys(origin.merged(), schema, origin)
         if key not in legal:
             raise ConfigError(key_is(place, key, value, f"is not a known key{nearest_key(key, legal)}")) from exc
+        if isinstance(exc, (ConfigKeyError, ConfigAttributeError)) and place == COMMAND_LINE:
+            raise ConfigError(key_is(place, key, value, f"stands in no chosen file, so has to be added: +{key}=...")) from exc
     fault = f"should be {wanted}" if wanted else flat(exc)
     raise ConfigError(key_is(place, key, value, fault)) from exc
 

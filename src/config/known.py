@@ -2,22 +2,25 @@
 
     python -m src.config.known
 
-writes it anew from the classes; a test holds the two equal. It is there because to ask the classes is to import torch,
-Lightning and the metrics, which takes ten times as long as the answer. What the list does not settle, such as options that
-are not those of the yaml files, is left to the classes.
+writes it anew from the classes, and arguments.json of `src.config.arguments` with it; a test holds list and classes equal.
+It is there because to ask the classes is to import torch, Lightning and the metrics, which takes ten times as long as the
+answer. What the list does not settle, such as options that are not those of the yaml files, is left to the classes.
 """
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from src.config.arguments import LIST as ARGUMENTS
+from src.config.arguments import rows_of
 from src.config.compose import CONF
-from src.config.messages import ConfigError, Gather, Unsupported
+from src.config.messages import ConfigError, Gather, Incompatible, Unsupported
 from src.config.nodes import node_of
+from src.config.signatures import asked, locate
 from src.vocabulary import resolution_fault
 
 LIST = Path(__file__).with_suffix(".json")
@@ -64,8 +67,38 @@ def list_of_classes() -> dict[str, Any]:
     return {"pairs": {a: row for a, row in refused.items() if row}, "sides": sides}
 
 
+def list_of_arguments() -> dict[str, Any]:
+    """The list of src/config/arguments.py, of the classes that conf/ names and whose packages are here."""
+    found = {target: _class_of(target) for target in targets_of_conf()}
+    return rows_of({target: cls for target, cls in found.items() if cls is not None}, asked)
+
+
+def _class_of(target: str) -> Any:
+    try:
+        return locate(target, "conf", lambda _: "conf")
+    except Incompatible:
+        return None
+
+
+def targets_of_conf() -> list[str]:
+    """Every `_target_` of the yaml files, apart from Hydra's own."""
+    files = [file for file in CONF.rglob("*.yaml") if file.relative_to(CONF).parts[0] != "hydra"]
+    trees = (OmegaConf.to_container(OmegaConf.load(file), resolve=False) for file in files)
+    return sorted({target for tree in trees for target in _targets(tree)})
+
+
+def _targets(node: Any) -> Iterator[str]:
+    if isinstance(node, dict):
+        if isinstance(node.get("_target_"), str):
+            yield node["_target_"]
+        for child in node.values():
+            yield from _targets(child)
+
+
 if __name__ == "__main__":
     if len(sys.argv) != 1:
         raise SystemExit("error: python -m src.config.known takes no words")
     LIST.write_text(json.dumps(list_of_classes(), indent=1) + "\n", encoding="utf-8")
-    print(f"wrote {LIST}")
+    rows = (f"{json.dumps(target)}: {json.dumps(row)}" for target, row in list_of_arguments().items())
+    ARGUMENTS.write_text("{\n" + ",\n".join(rows) + "\n}\n", encoding="utf-8")
+    print(f"wrote {LIST} and {ARGUMENTS}")

@@ -10,6 +10,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, Union
 
+from src.config.arguments import listed
 from src.config.messages import ConfigError, Incompatible, Where, key_is, nearest
 
 # Constructor arguments that src/build.py fills in, by group; a class may name more in a tuple attribute `injected`.
@@ -57,19 +58,30 @@ def locate(target: Any, key: str, where: Where) -> Any:
 
 
 def signature(node: Mapping[str, Any], group: str, key: str, where: Where) -> Signature:
-    """What may stand beside the `_target_` of a node; arguments of `INJECTED` are left out."""
+    """What may stand beside the `_target_` of a node; arguments of `INJECTED` are left out. Imports the class only if it is
+    not listed."""
     if not node.get("_target_"):
         raise ConfigError(f"{where(key)}: {key} has no _target_, the class that it configures")
-    target = locate(node["_target_"], key, where)
-    injected = INJECTED.get(group, set()) | set(getattr(target, "injected", ()))
-    taken, hints = _arguments(target)
-    named = [p for p in taken if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) and p.name not in injected]
+    known = listed(str(node["_target_"])) or asked(locate(node["_target_"], key, where))
+    injected = INJECTED.get(group, set()) | set(known["injected"])
+    named = {name: row for name, row in known["arguments"].items() if name not in injected}
     return Signature(
-        hints={p.name: hints.get(p.name, Any) for p in named} | BESIDE.get(group, {}),
-        required={p.name for p in named if p.default is p.empty},
+        hints={name: hint for name, (hint, _) in named.items()} | BESIDE.get(group, {}),
+        required={name for name, (_, needed) in named.items() if needed},
         injected=injected,
-        open=any(p.kind is p.VAR_KEYWORD for p in taken),
+        open=known["open"],
     )
+
+
+def asked(target: Any) -> dict[str, Any]:
+    """Like `listed` of src/config/arguments.py, of the class or function itself."""
+    taken, hints = _arguments(target)
+    named = [p for p in taken if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    return {
+        "arguments": {p.name: (hints.get(p.name, Any), p.default is p.empty) for p in named},
+        "injected": getattr(target, "injected", ()),
+        "open": any(p.kind is p.VAR_KEYWORD for p in taken),
+    }
 
 
 def _arguments(target: Any) -> tuple[list[inspect.Parameter], dict[str, Any]]:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from src.vocabulary import EIGHT_BIT
+
 
 @dataclass(frozen=True)
 class OptimizerModel:
@@ -28,7 +30,6 @@ ADAMW = OptimizerModel(state_bytes=8, temporary_bytes=4, flops=14, traffic_bytes
 FUSED_ADAMW = OptimizerModel(state_bytes=8, temporary_bytes=0, flops=14, traffic_bytes=28)
 # two moments of one byte, with one float32 scale each per block of 256 (Dettmers et al. 2021, 2110.02861)
 ADAMW_8BIT = OptimizerModel(state_bytes=2 + 8 / 256, temporary_bytes=0, flops=14, traffic_bytes=16 + 16 / 256)
-EIGHT_BIT = ("bitsandbytes.optim.Adam8bit", "bitsandbytes.optim.AdamW8bit")  # others in 8 bits keep other moments
 
 
 def model_of(algorithm: Mapping[str, Any]) -> OptimizerModel | None:
