@@ -124,8 +124,14 @@ def flags_of(cfg: DictConfig, world: World, outcome: dict, together: Sequence[di
         "sampling_steps": cfg.validation.steps,
         "guidance": cfg.validation.guidance,
         **repetition(cfg),
-        **({"shared_pass": len(together), "own_step_time_ms": outcome["step_time_ms"]} if len(together) > 1 else {}),
+        **(shared_pass(outcome, len(together)) if len(together) > 1 else {}),
     }
+
+
+def shared_pass(outcome: dict, runs: int) -> dict[str, Any]:
+    """Flags of one of several runs that trained on the same frozen passes: how many, and what its own half of a step took."""
+    own = ("step_time_ms", "step_time_quartiles_ms") if outcome.get("step_time_quartiles_ms") else ()
+    return {"shared_pass": runs, **{f"own_{name}": outcome[name] for name in own}}
 
 
 def repetition(cfg: DictConfig) -> dict[str, int | str]:

@@ -195,7 +195,7 @@ def test_costs_as_tables(cell, tmp_path):
     assert "| unicon | 3.6 | 8.750 | 0.500 | 0.750 | 1.000 | 1.250 | 1.500 | 1.750 | 2.000 | backward |" in memory
     assert "| controlnet | 3.6 | out of memory |" in memory
     assert "| 10.00 [9.00, 11.00] |" in time
-    assert "| 100.00 | 25.0 % |" in time
+    assert "| 100.00 [90.91, 111.11] | 25.0% [22.7%, 27.8%] |" in time
     assert "| \u2265 5.00 |" in markdown_table(time_table(estimated))
     told = markdown_table(predicted_table(found.costs))
     assert "| 8.500 | 8.750 | -2.9 % |" in told

@@ -129,6 +129,18 @@ def test_write_and_read(tmp_path):
     assert not {k for k in fields() if k not in json.loads(path.read_text())}
 
 
+def test_a_speed_without_its_spread_is_read_as_not_measured(tmp_path):
+    path, old = tmp_path / "results.json", fields()
+    assert old["step_time_ms"]
+    path.write_text(json.dumps({k: v for k, v in old.items() if "quartiles" not in k}))
+    result = read_results(path)
+    assert result.step_time_ms is result.img_per_s is None
+    assert result.train_seconds == old["train_seconds"]
+    path.write_text(json.dumps(old | {"step_time_quartiles_ms": [11.0, 13.0]}))
+    result = read_results(path)
+    assert (result.step_time_ms, result.step_time_quartiles_ms, result.img_per_s) == (12.5, [11.0, 13.0], None)
+
+
 @pytest.mark.parametrize(
     ("field", "value", "said"),
     [

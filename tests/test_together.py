@@ -97,6 +97,7 @@ def test_each_ends_as_if_it_had_trained_alone(tmp_path, cache_dir, alone, monkey
         result = read_results(f / "results.json")
         assert result.flags["shared_pass"] == 2
         assert result.flags["own_step_time_ms"] == mine["step_time_ms"]
+        assert result.flags["own_step_time_quartiles_ms"] == mine["step_time_quartiles_ms"]
         assert result.train_seconds == pytest.approx(sum(o["train_seconds"] for o in outcomes), abs=0.1)
         assert result.step_time_ms == pytest.approx(sum(o["step_time_ms"] for o in outcomes))
         assert (f / "examples" / "condition-0.png").exists()

@@ -234,23 +234,14 @@ def _spread(row: CostRow, unit: str) -> tuple[float | None, float | None]:
     return tuple(total["quartiles"]) if unit == "ms" and isinstance(total, dict) else (None, None)
 
 
-def _rates(row: CostRow) -> tuple[float | None, float | None]:
-    """Quartiles of the images per second, from those of the time that they were taken of."""
-    times = row.result.latency_ms["batch"] if row.result.latency_ms else (row.result.step_time_ms or {}).get("total")
-    if not isinstance(times, dict):
-        return None, None
-    fast, slow = times["quartiles"]
-    return 1e3 * row.result.batch / slow, 1e3 * row.result.batch / fast
-
-
 def speed_stack(rows: Sequence[CostRow]) -> Stack | None:
     """Images per second of every measured cell; None if none was."""
-    done = [row for row in rows if row.result.mode == "measure" and row.result.img_per_s]
+    done = [row for row in rows if row.result.mode == "measure" and row.result.img_per_s and row.spread]
     bars = []
     for row in done:
         r = row.result
         name = f"{row.label}; {r.backbone['name']}, {r.resolution} px, {r.what}, batch {r.batch}, {r.device}"
-        bars.append(Bar(name, (("images/s", r.img_per_s),), *_rates(row)))
+        bars.append(Bar(name, (("images/s", r.img_per_s),), *(r.img_per_s * share for share in row.spread)))
     return Stack("speed as measured", "images/s", tuple(bars), ("images/s",)) if bars else None
 
 

@@ -59,8 +59,7 @@ def time_table(group: Group[CostRow]) -> Table:
         latency = r.latency_ms or {}
         cells += [time_cell(latency.get(p), False, of, f"latency, {p}") for p in LATENCY]
         cells.append(time_cell(_over(latency.get("batch"), r.batch), False, of, "latency, per image"))
-        cells.append(Cell("") if r.img_per_s is None else Cell(f"{r.img_per_s:,.2f}", r.img_per_s, of, "images/s"))
-        cells.append(Cell("") if r.mfu is None else Cell(f"{100 * r.mfu:.1f} %", r.mfu, of, "MFU"))
+        cells += [_speed(row, r.img_per_s, ",.2f", "images/s"), _speed(row, r.mfu, ".1%", "MFU")]
         table.append(cells)
     titles = [*(f"{words(p)}, GFLOP" for p in FLOPS), *(f"{words(p)}, ms" for p in PHASES)]
     titles += [*(f"latency of a {part}, ms" for part in LATENCY), "latency per image, ms"]  # of drawing pictures alone
@@ -69,6 +68,15 @@ def time_table(group: Group[CostRow]) -> Table:
     about = f"Lower bounds from the rates of {rates.get('gpu')}." if bound and rates else ""
     about = about or ("No bound on time: no rates are known for this device." if bound else "Medians with quartiles.")
     return Table(["adapter", *titles, "images/s", "MFU"], table, f"Operations and time of one step. {about}")
+
+
+def _speed(row: CostRow, value: float | None, form: str, name: str) -> Cell:
+    """A measured speed with its quartiles."""
+    if value is None or row.spread is None:
+        return Cell("")
+    low, high = (value * share for share in row.spread)
+    text = f"{value:{form}} [{low:{form}}, {high:{form}}]"
+    return Cell(text, value, (row.place,), f"{name}, median and quartiles", interval=(low, high))
 
 
 def _over(entry: Any, count: int) -> Any:
@@ -136,12 +144,13 @@ def cost_csv(rows: Iterable[CostRow]) -> str:
         r = row.result
         same = {name: getattr(r, name) for name in CSV_FIELDS if hasattr(r, name)} | {"backbone": r.backbone["name"]}
         same |= {name: r.flags[name] for name in ("checkpointing", "naive")}
-        for quantity in _quantities(r):
+        for quantity in _quantities(row):
             writer.writerow(same | quantity)
     return out.getvalue()
 
 
-def _quantities(r: Any) -> Iterable[dict[str, Any]]:
+def _quantities(row: CostRow) -> Iterable[dict[str, Any]]:
+    r = row.result
     if r.status == "oom":
         yield {"quantity": "peak_mem_gib"}
         return
@@ -157,5 +166,6 @@ def _quantities(r: Any) -> Iterable[dict[str, Any]]:
             elif phase != "bound":
                 yield {"quantity": f"{kind}.{phase}", "value": entry, "unit": "ms", "bound": True}
     for name, unit in {"img_per_s": "images/s", "mfu": "fraction"}.items():
-        if getattr(r, name) is not None:
-            yield {"quantity": name, "value": getattr(r, name), "unit": unit}
+        if (value := getattr(r, name)) is not None and row.spread is not None:
+            low, high = (value * share for share in row.spread)
+            yield {"quantity": name, "value": value, "low": low, "high": high, "unit": unit}

@@ -62,6 +62,14 @@ class CostRow:
         return self.result.adapter == "none"
 
     @property
+    def spread(self) -> tuple[float, float] | None:
+        """First and third quartile of its speed as shares of the median, from those of the time that the speed was taken of;
+        None of a bound, and where no time is."""
+        r = self.result
+        time = r.latency_ms["batch"] if r.latency_ms else (r.step_time_ms or {}).get("total")
+        return tuple(time["median"] / q for q in reversed(time["quartiles"])) if isinstance(time, dict) else None
+
+    @property
     def label(self) -> str:
         """The method with what it may be compared under: its own options, what is computed twice, what was forgotten."""
         r = self.result

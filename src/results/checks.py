@@ -37,10 +37,18 @@ def filled(kind: type[Row], raw: Mapping[str, Any]) -> Row:
     return kind(**raw)
 
 
+def speeds(row: Any, **spreads: str) -> None:
+    """Medians of a row and the fields of their quartiles. A median without them, as older results have, is nothing that could
+    be judged, and is read as not measured."""
+    for name, spread in spreads.items():
+        if getattr(row, spread) is None:
+            setattr(row, name, None)
+        else:
+            quartiles(spread, getattr(row, spread), getattr(row, name))
+
+
 def quartiles(name: str, found: Any, median: float | None) -> None:
-    """None, or [first, third] with the median between them."""
-    if found is None:
-        return
+    """[first, third] with the median between them."""
     if not isinstance(found, list) or len(found) != 2 or median is None:
         raise ResultError(f"{name} is {found!r}, wanted [first, third] of a median of {median!r}, or null")
     low, high = (number(name, q, 0) for q in found)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from src.results.checks import SCHEMA_VERSION, all_finite, date, filled, mapping, number, one_of, quartiles, text, truth
+from src.results.checks import SCHEMA_VERSION, all_finite, date, filled, mapping, number, one_of, speeds, text, truth
 from src.results.files import read_row, write_row
 from src.results.train import check_metrics
 
@@ -20,7 +20,7 @@ class EvaluationResult:
     metrics: as in `Result`, and small_n: true in distances of sets with fewer than 2,048 pictures.
     crosscheck: the FID of other packages on the same features (`metrics.crosscheck`), or None where it was not taken.
     draw_seconds, img_per_s: of the pictures that this process drew, the latter the median over batches, with their quartiles
-    [first, third]; None where all were there already, and the quartiles in results older than the field.
+    [first, third]; None where all were there already, and the speed where a result is older than its quartiles.
     """
 
     adapter: str
@@ -80,7 +80,7 @@ def check_evaluation(raw: Mapping[str, Any]) -> EvaluationResult:
     for name in ("trainable_m", "draw_seconds", "img_per_s"):
         if name == "trainable_m" or getattr(found, name) is not None:
             number(name, getattr(found, name), 0)
-    quartiles("img_per_s_quartiles", found.img_per_s_quartiles, found.img_per_s)
+    speeds(found, img_per_s="img_per_s_quartiles")
     for name, value in mapping("versions", found.versions, empty=False).items():
         text(f"versions.{name}", value)
     all_finite("flags", mapping("flags", found.flags, empty=False))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from src.results.checks import SCHEMA_VERSION, ResultError, all_finite, date, filled, mapping, number, quartiles, text, truth
+from src.results.checks import SCHEMA_VERSION, ResultError, all_finite, date, filled, mapping, number, speeds, text, truth
 from src.results.files import read_row, write_row
 
 
@@ -21,7 +21,8 @@ class Result:
     the learning rate and the rest of how it was trained (see `design`); data: name and settings of what was trained on;
     noise_seed: of the noise that held-out images are drawn from. These four are None in results older than the field.
     step_time_ms, img_per_s: medians over the steps, each with its quartiles [first, third]; these, and peak_mem_gib, are None
-    where not measured, and the quartiles in results older than the field. arms: control arm -> metrics of that arm, or None.
+    where not measured, and a speed where a result is older than its quartiles.
+    arms: control arm -> metrics of that arm, or None.
     git_sha: "unknown" outside a checkout; git_dirty: None when not known. command: as typed, without absolute paths.
     """
 
@@ -82,8 +83,7 @@ def check_result(raw: Mapping[str, Any]) -> Result:
     for name in ("trainable_m", "frozen_m", "train_seconds", "step_time_ms", "img_per_s", "peak_mem_gib"):
         if getattr(result, name) is not None or name not in ("step_time_ms", "img_per_s", "peak_mem_gib"):
             number(name, getattr(result, name), 0)
-    quartiles("step_time_quartiles_ms", result.step_time_quartiles_ms, result.step_time_ms)
-    quartiles("img_per_s_quartiles", result.img_per_s_quartiles, result.img_per_s)
+    speeds(result, step_time_ms="step_time_quartiles_ms", img_per_s="img_per_s_quartiles")
     if result.frozen_dead_m is not None:
         number("frozen_dead_m", result.frozen_dead_m, 0)
     for name in ("id", "revision", "hash"):
