@@ -259,7 +259,11 @@ def announce(part: Part, adapter: ControlAdapter, arm: str) -> dict:
 
 def say_results(results: Result, folder: Path) -> None:
     """The closing lines: the score of each arm, and where to look."""
-    print(f"\n{results.images_seen} images in {results.train_seconds:.0f} s of training, {results.img_per_s or 0:.0f} img/s")
+    speed = ""
+    if results.img_per_s is not None:
+        slow, fast = results.img_per_s_quartiles
+        speed = f", {results.img_per_s:.0f} img/s [{slow:.0f}, {fast:.0f}]"
+    print(f"\n{results.images_seen} images in {results.train_seconds:.0f} s of training{speed}")
     for name, m in results.metrics.items():
         interval = f"  95 % [{m['ci95'][0]:.3f}, {m['ci95'][1]:.3f}]" if m["ci95"] else ""
         print(f"  {name:<42} {m['value']:>9.3f} {m['unit']}{interval}  n={m['n']}")
