@@ -337,6 +337,7 @@ def test_several_runs_are_compared_pair_by_pair(pair, runs, first):
     one, two = (next(group.glob(f"{name}_stamp-*")) for name in ("one", "two"))
     assert files_of(one) == files_of(first[0])
     found = json.loads((group / "comparison.json").read_text())
+    assert {"command", "git_sha", "git_dirty", "versions", "date"} <= found.keys()
     ((_, entries),) = [(p["of"], p["metrics"]) for p in found["pairs"]]
     scores = [json.loads((f / "outcome.json").read_text())["scores"]["canny_f1"] for f in (one, two)]
     assert entries["canny_f1"] == metric(np.array(scores[1]) - np.array(scores[0]), "fraction", "higher")

@@ -10,10 +10,11 @@ import numpy as np
 from omegaconf import DictConfig
 
 from src.evaluate.manifest import check_like, conditions_hash, read_manifest
+from src.evaluate.numbers import ROOT
 from src.evaluate.pictures import Say
 from src.metrics.distances import SMALL_N, set_distances
 from src.metrics.intervals import paired_metric
-from src.results import command_line, write_atomic
+from src.results import dated_origin, write_atomic
 from src.results.evaluation import read_evaluation
 from src.types import UserError
 
@@ -54,7 +55,7 @@ def compare(folders: Sequence[Path], out: Path, said: Say = print) -> Path:
         "conditions": manifests[0]["conditions"],
         "subjects": [manifest["subject"] for manifest in manifests],
         "pairs": pairs,
-        "command": command_line(),
+        **dated_origin(ROOT),
     }
     write_atomic(out / FILE, (json.dumps(found, indent=1, allow_nan=False) + "\n").encode())
     said(f"differences: {out / FILE}")
