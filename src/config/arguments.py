@@ -1,14 +1,13 @@
 """Arguments of the classes that conf/ names, as a list that is read without importing them: arguments.json.
 
 It is there because a misspelt key is told with the nearest right one, and to ask the classes for theirs is to import torch
-and diffusers. A class whose constructor is not the one that was listed, or whose package has another version, is asked
-itself, so an old list costs time and gives no wrong answer. `python -m src.config.known` writes it anew; a test holds it
-equal to the classes.
+and diffusers. A class whose constructor is not the one that was listed is asked itself, so an old list costs time and gives
+no wrong answer. `python -m src.config.known` writes it anew; a test holds it equal to the classes.
 """
 
 import ast
 import hashlib
-import importlib.metadata
+import importlib.util
 import inspect
 import json
 import types
@@ -17,8 +16,6 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Union
-
-from src.config.loader import ROOT
 
 LIST = Path(__file__).with_suffix(".json")
 PLAIN = {cls.__name__: cls for cls in (bool, int, float, str, Path, dict)}
@@ -34,7 +31,7 @@ def listed(target: str) -> dict[str, Any] | None:
     arguments: name -> (annotation, whether it is required); injected: what the class names itself; open: takes any keyword.
     """
     row = _rows().get(target)
-    if row is None or any(_mark(name) != mark for name, mark in row["of"].items()):
+    if row is None or any(mark is None or _mark(name) != mark for name, mark in row["of"].items()):
         return None
     return row | {"arguments": {name: (_hint(told), needed) for name, (told, needed) in row["arguments"].items()}}
 
@@ -45,13 +42,7 @@ def _rows() -> dict[str, Any]:
 
 
 def _mark(name: str) -> str | None:
-    """What is other once the arguments may be: of a class of this project, its bases and constructor; of a package, its
-    version. None if it is not here."""
-    if not name.startswith("src."):
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            return None
+    """What is another once the arguments of a class may be: a hash of its bases and its constructor. None if it is not here."""
     module, _, cls = name.rpartition(".")
     found = next((node for node in _classes(module) if node.name == cls), None)
     if found is None:
@@ -64,9 +55,12 @@ def _mark(name: str) -> str | None:
 
 @cache
 def _classes(module: str) -> tuple[ast.ClassDef, ...]:
-    file = ROOT.joinpath(*module.split(".")).with_suffix(".py")
-    tree = ast.parse(file.read_text(encoding="utf-8")) if file.is_file() else ast.Module([], [])
-    return tuple(node for node in tree.body if isinstance(node, ast.ClassDef))
+    """Those of a module's file, which is found without an import of its package."""
+    package, *below = module.split(".")
+    spec = importlib.util.find_spec(package)
+    files = [Path(place, *below).with_suffix(".py") for place in (spec and spec.submodule_search_locations) or ()]
+    trees = [ast.parse(file.read_text(encoding="utf-8")) for file in files if file.is_file()]
+    return tuple(node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef))
 
 
 def _hint(told: Any) -> Any:
@@ -91,9 +85,10 @@ def rows_of(classes: Mapping[str, type], asked: Callable[[type], dict[str, Any]]
 
 
 def _row(cls: type, known: Mapping[str, Any]) -> dict[str, Any]:
-    ours = [f"{base.__module__}.{base.__qualname__}" for base in cls.__mro__ if base.__module__.startswith("src.")]
+    package = cls.__module__.partition(".")[0]
+    made_of = [f"{base.__module__}.{base.__qualname__}" for base in cls.__mro__ if base.__module__.startswith(f"{package}.")]
     return {
-        "of": {name: _mark(name) for name in ours or [cls.__module__.partition(".")[0]]},
+        "of": {name: _mark(name) for name in made_of},
         "arguments": {name: [_told(hint), needed] for name, (hint, needed) in known["arguments"].items()},
         "injected": sorted(known["injected"]),
         "open": known["open"],
