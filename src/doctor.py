@@ -101,4 +101,6 @@ def main(words: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        raise SystemExit(print(__doc__))
     raise SystemExit(main(sys.argv[1:]))

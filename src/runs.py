@@ -13,7 +13,7 @@ from src.config import NOT_SCIENCE, brought_up, config_sha, science_diff
 from src.data.locks import RowLocks
 from src.events import Heart, last_beat
 from src.results import hide_secrets, write_atomic
-from src.types import UserError
+from src.vocabulary import UserError
 
 # 1: until hardware.compile and hardware.checkpointing became words, without run.json; 2: with guard and vitals
 RUN_FORMAT = 2
@@ -56,11 +56,17 @@ def unfinished(cfg: DictConfig, speaks: bool = True) -> Path | None:
     return None
 
 
+def config_of(run: str) -> Path:
+    """The stored configuration of a run folder. Raises UserError where there is none."""
+    file = Path(run) / "config.yaml"
+    if not file.is_file():
+        raise UserError(f"run={run}: no config.yaml there; give a folder that `python -m src.train` printed as `run: ...`")
+    return file
+
+
 def trained_run(run: str) -> tuple[DictConfig, Path]:
     """-> configuration and newest checkpoint of a run folder, for whoever uses what it trained. Raises UserError without."""
-    folder = Path(run)
-    if not (folder / "config.yaml").is_file():
-        raise UserError(f"run={run}: no config.yaml there; give a folder that `python -m src.train` printed as `run: ...`")
+    folder = config_of(run).parent
     from src.checkpoint import newest  # Lightning comes with it: a wrong folder is refused without
 
     checkpoint = newest(folder / "checkpoints")

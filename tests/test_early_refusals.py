@@ -1,4 +1,4 @@
-"""What `python -m src.bench` and `python -m src.train` refuse within a second: without waiting for torch."""
+"""What the verbs refuse within a second: without waiting for torch."""
 
 import json
 import subprocess
@@ -59,8 +59,16 @@ REFUSED_TRAININGS = {
 }
 
 
+REFUSED_READERS = {
+    "src.sample": ("run=absent prompt=x condition=y", "run=absent: no config.yaml there"),
+    "src.export": ("run=absent out=x", "run=absent: no config.yaml there"),
+    "src.evaluate": ("run=absent", "run=absent: there is no such folder"),
+}
+
+
 @pytest.mark.parametrize(("module", "words", "said"), [
     *(("src.bench", *row) for row in REFUSED_CELLS.items()), *(("src.train", *row) for row in REFUSED_TRAININGS.items()),
+    *((module, *row) for module, row in REFUSED_READERS.items()),
 ])  # fmt: skip
 def test_help_and_refusals_import_nothing_heavy(module, words, said):
     done = subprocess.run(

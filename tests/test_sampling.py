@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from src import sample
 from src.config import load
 from src.construct import construct
 from src.data.folder import FolderSource
 from src.objectives import FlowMatching
-from src.sample import condition_of, cut_prompt
+from src.sample import draw as drawing
+from src.sample.draw import condition_of, cut_prompt
 from src.sampling import OWN, SOLVERS, Batches, denoise, is_out_of_memory, solver_for
 from src.types import Sample, TextCond, UserError
 from tests.bad_files import encoded, photo
@@ -207,9 +207,9 @@ def test_a_prompt_that_is_cut_is_told_in_one_line(sd21_tiny, monkeypatch, capsys
     def stop(*_):
         raise Stop
 
-    monkeypatch.setattr(sample, "condition_of", lambda *_: np.zeros((64, 64, 3), np.uint8))
+    monkeypatch.setattr(drawing, "condition_of", lambda *_: np.zeros((64, 64, 3), np.uint8))
     monkeypatch.setattr(sd21_tiny, "encode_text", stop, raising=False)
     model = SimpleNamespace(adapter=SimpleNamespace(device=cpu), backbone=sd21_tiny, task=None)
     with pytest.raises(Stop):
-        sample.draw(SimpleNamespace(prompt=long, condition_is_image=False), None, model, None)
+        drawing.draw(SimpleNamespace(prompt=long, condition_is_image=False), None, model, None)
     assert capsys.readouterr().out.splitlines() == [line]

@@ -1,6 +1,4 @@
-"""One condition and one prompt to one picture, with a trained adapter.
-
-    python -m src.sample run=runs/<name>/<stamp> prompt="'a large red ball, gray floor'" condition=edges.png
+"""What `python -m src.sample` draws.
 
 The condition goes the way that it went in training: read as a data set's map is, made by the same task, in the same codec
 and space, from the run's own configuration. A picture of 8 bits is a finished condition, as those in `examples/` are; what
@@ -18,7 +16,7 @@ from PIL import Image
 from src import build, rng
 from src.backbones.base import Backbone
 from src.callbacks.meter import peak_mem_gib
-from src.config import cli, resolve_hardware
+from src.config import resolve_hardware
 from src.data.folder import read_picture
 from src.data.framing import Framing
 from src.data.picture import header
@@ -36,8 +34,6 @@ def main(cfg: DictConfig) -> None:
     torch.set_num_threads(cfg.hardware.threads)
     run, condition_file = Path(cfg.run), Path(cfg.condition)
     trained, checkpoint = trained_run(cfg.run)
-    if not condition_file.is_file():
-        raise UserError(f"condition={cfg.condition}: no such file")
     trained.hardware = cfg.hardware
     build.quiet()
     model = build.load_sampler(trained, checkpoint)
@@ -116,7 +112,3 @@ def condition_of(file: Path, task: Task, trained: DictConfig, is_image: bool) ->
     if np.ptp(shown) == 0:
         print(f"{name}: its condition is {shown.max()} of 255 all over, which tells the adapter nothing", flush=True)
     return shown
-
-
-if __name__ == "__main__":
-    cli("sample", main)

@@ -1,8 +1,6 @@
-"""The trained adapter of a run, for diffusers.
+"""What `python -m src.export` writes.
 
-    python -m src.export run=runs/<name>/<stamp> out=exported
-
-Writes the averaged weights of the newest checkpoint as a model of diffusers where it has a class for the method, and for
+The averaged weights of the newest checkpoint as a model of diffusers where it has a class for the method, and for
 UniCon as a network that takes the place of a stock pipeline's own (`form` chooses). Prints how to load what it wrote.
 """
 
@@ -13,19 +11,15 @@ from omegaconf import DictConfig
 from src import build
 from src.adapters.unicon import UniCon
 from src.backbones.base import Backbone
-from src.config import cli
 from src.interop.dropin import ControlledNetwork
 from src.interop.export import export_adapter
 from src.runs import trained_run
-from src.types import UserError
 
 
 def main(cfg: DictConfig) -> None:
     """Read the run, write the folder, say how to load it. Raises UserError for a run or an adapter that cannot be exported."""
     run, out = Path(cfg.run), Path(cfg.out)
     trained, checkpoint = trained_run(cfg.run)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"out={cfg.out} is there already and not empty: name a new folder")
     trained.hardware.accelerator = "cpu"  # in the precision of the training: the backbone's hash is that of its rounded weights
     build.quiet()
     model = build.load_sampler(trained, checkpoint)
@@ -75,7 +69,3 @@ def snippet(kind: str, out: Path, run: Path, backbone: Backbone, trained: DictCo
 
 def _arguments(named: dict) -> str:
     return ", ".join(f"{k}={v}" for k, v in named.items())
-
-
-if __name__ == "__main__":
-    cli("export", main)
