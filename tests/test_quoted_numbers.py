@@ -17,7 +17,7 @@ HOME = ROOT / "experiments"
 PAGES = ["README.md", "experiments/README.md", "experiments/study/README.md"]
 PAGES += sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))
 NUMBER = r"([-+]?\d+\.\d+)"
-QUOTE = re.compile(rf"{NUMBER}(?: dB)? \[{NUMBER}, {NUMBER}\]")
+QUOTE = re.compile(rf"{NUMBER}\**(?: dB)? \[{NUMBER}, {NUMBER}\]")
 LONG = 256  # held-out images of what a page compares image by image; the study's shorter trainings are compared over seeds
 
 Triple = tuple[float, float, float]
