@@ -15,11 +15,12 @@ from diffusers import (
 from omegaconf import OmegaConf
 from PIL import Image
 
-from src import build, export
+from src import build
 from src.adapters.unicon import UniCon
 from src.backbones.unet import UNet
 from src.checkpoint import META_KEY, AdapterCheckpointIO
 from src.config import ConfigError, load
+from src.export.__main__ import main as export
 from src.interop.dropin import ControlledNetwork, DropinError
 from src.types import UserError
 from tests.conftest import CPU, QUICK, noisy_inputs, run_entry, run_folder
@@ -246,7 +247,7 @@ def test_the_command_exports_a_run_and_the_lines_that_it_prints_draw_a_picture(t
 @pytest.mark.parametrize(("run", "form"), [("trained", "dropin"), ("pretended", "auto")])
 def test_other_methods_are_exported_as_dropins(run, form, request, tmp_path, monkeypatch, capsys):
     run, out = request.getfixturevalue(run), tmp_path / "exported"
-    export.main(load("export", [f"run={run}", f"out={out}", f"form={form}"]))
+    export(load("export", [f"run={run}", f"out={out}", f"form={form}"]))
     said = capsys.readouterr().out
     assert said.startswith("ControlledNetwork, ")
     assert {p.name for p in out.iterdir()} == {"config.json", "adapter.safetensors"}
@@ -277,4 +278,4 @@ def test_wrong_words_are_refused(change, said, pretended, tmp_path):
     (tmp_path / "config.yaml").write_text("a: 1")
     given = {"run": pretended, "out": tmp_path / "new"} | {k: v.replace("{empty}", str(tmp_path)) for k, v in change.items()}
     with pytest.raises((UserError, ConfigError), match=said):
-        export.main(load("export", [f"{k}={v}" for k, v in given.items()]))
+        export(load("export", [f"{k}={v}" for k, v in given.items()]))

@@ -158,7 +158,7 @@ def test_every_number_knows_its_run_n_and_interval(run, tmp_path):
     cell = table.rows[0][table.columns.index("canny_f1 \u2191")]
     m = group.rows[0].result.metrics["canny_f1"]
     assert (cell.value, cell.n, cell.interval, cell.runs) == (m["value"], 256, tuple(m["ci95"]), ("runs/a",))
-    assert cell.text == "0.656 [0.633, 0.679]"
+    assert cell.text == "0.663 [0.641, 0.686]"
     assert "minus the no-control arm" in table.columns
 
 
