@@ -9,7 +9,7 @@ from itertools import combinations
 import pytest
 
 from src.report.pairs import difference
-from src.report.rows import Row, read_all, read_rows
+from src.report.rows import Found, Row, read_all
 from src.report.seeds import over_seeds
 from tests.conftest import ROOT
 
@@ -23,10 +23,11 @@ LONG = 256  # held-out images of what a page compares image by image; the study'
 Triple = tuple[float, float, float]
 
 
-def trainings() -> list[Row]:
-    """Those with a folder of their own, and the few that are one file."""
+@cache
+def committed() -> Found:
+    """Results with a folder of their own, and the few trainings that are one file."""
     alone = [file for file in sorted(HOME.glob("*/*.json")) if "images_seen" in json.loads(file.read_text())]
-    return read_rows([HOME, *(file for file in alone if file.name not in ("results.json", "outcome.json"))])
+    return read_all([HOME, *(file for file in alone if file.name not in ("results.json", "outcome.json"))])
 
 
 def own(rows: list[Row]) -> list[Triple]:
@@ -68,9 +69,8 @@ def seed_by_seed(group: list[Row]) -> list[Triple]:
 
 @cache
 def known() -> list[Triple]:
-    rows = trainings()
-    found = own(rows) + own(read_all([HOME]).evaluated)
-    for group in alike(rows):
+    found = own(committed().trained) + own(committed().evaluated)
+    for group in alike(committed().trained):
         found += image_by_image(group) + seed_by_seed(group)
     return found + [(-value, -high, -low) for value, low, high in found]
 
@@ -92,7 +92,7 @@ def test_every_interval_of_a_page_is_one_of_committed_results(page):
 
 
 def test_a_number_that_no_result_has_is_found():
-    row = next(row for row in trainings() if row.result.experiment == "unicon_sd3_canny")
+    row = next(row for row in committed().trained if row.result.experiment == "unicon_sd3_canny")
     metric = row.result.metrics["canny_f1"]
     triple = (metric["value"], *metric["ci95"])
     assert triple in known()

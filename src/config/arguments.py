@@ -12,13 +12,13 @@ import inspect
 import json
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Union
 
 LIST = Path(__file__).with_suffix(".json")
-PLAIN = {cls.__name__: cls for cls in (bool, int, float, str, Path, dict)}
+WORDS = {cls.__name__: cls for cls in (bool, int, float, str, Path, dict)} | {"Any": Any, "None": type(None)}
 
 
 # ---- reading ----------------------------------------------------------------------------------------------------------
@@ -66,7 +66,7 @@ def _classes(module: str) -> tuple[ast.ClassDef, ...]:
 def _hint(told: Any) -> Any:
     """An annotation from how `_told` wrote it."""
     if isinstance(told, str):
-        return {**PLAIN, "Any": Any, "None": None}[told]
+        return WORDS[told]
     kind, *inner = told
     if kind == "Literal":
         return Literal[tuple(inner)]
@@ -79,12 +79,8 @@ def _hint(told: Any) -> Any:
 # ---- writing ----------------------------------------------------------------------------------------------------------
 
 
-def rows_of(classes: Mapping[str, type], asked: Callable[[type], dict[str, Any]]) -> dict[str, Any]:
-    """The list. classes: by their `_target_`; asked: what a class itself says, like `listed`."""
-    return {target: _row(cls, asked(cls)) for target, cls in classes.items()}
-
-
-def _row(cls: type, known: Mapping[str, Any]) -> dict[str, Any]:
+def row_of(cls: type, known: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of the list. known: what the class itself says, like `listed`."""
     package = cls.__module__.partition(".")[0]
     made_of = [f"{base.__module__}.{base.__qualname__}" for base in cls.__mro__ if base.__module__.startswith(f"{package}.")]
     return {
@@ -98,8 +94,8 @@ def _row(cls: type, known: Mapping[str, Any]) -> dict[str, Any]:
 def _told(hint: Any) -> Any:
     """An annotation as JSON that `_hint` reads."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any or hint in (None, type(None)) or hint in PLAIN.values():
-        return "None" if hint in (None, type(None)) else getattr(hint, "__name__", "Any")
+    if (word := next((word for word, plain in WORDS.items() if hint is plain), None)) is not None:
+        return word
     if origin is Literal:
         return ["Literal", *args]
     if origin in (Union, types.UnionType, tuple, list, dict):

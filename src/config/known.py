@@ -16,7 +16,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from src.config.arguments import LIST as ARGUMENTS
-from src.config.arguments import rows_of
+from src.config.arguments import row_of
 from src.config.compose import CONF
 from src.config.messages import ConfigError, Gather, Incompatible, Unsupported
 from src.config.nodes import node_of
@@ -70,7 +70,7 @@ def list_of_classes() -> dict[str, Any]:
 def list_of_arguments() -> dict[str, Any]:
     """The list of src/config/arguments.py, of the classes that conf/ names and whose packages are here."""
     found = {target: _class_of(target) for target in targets_of_conf()}
-    return rows_of({target: cls for target, cls in found.items() if cls is not None}, asked)
+    return {target: row_of(cls, asked(cls)) for target, cls in found.items() if cls is not None}
 
 
 def _class_of(target: str) -> Any:

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from omegaconf import DictConfig
 
+from src.config.loader import ROOT
 from src.evaluate.manifest import check_like, conditions_hash, read_manifest
-from src.evaluate.numbers import ROOT
 from src.evaluate.pictures import Say
 from src.metrics.distances import SMALL_N, set_distances
 from src.metrics.intervals import paired_metric

@@ -236,12 +236,13 @@ def _spread(row: CostRow, unit: str) -> tuple[float | None, float | None]:
 
 def speed_stack(rows: Sequence[CostRow]) -> Stack | None:
     """Images per second of every measured cell; None if none was."""
-    done = [row for row in rows if row.result.mode == "measure" and row.result.img_per_s and row.spread]
     bars = []
-    for row in done:
+    for row in rows:
         r = row.result
+        if r.mode != "measure" or (spread := row.quartiles(r.img_per_s)) is None:
+            continue
         name = f"{row.label}; {r.backbone['name']}, {r.resolution} px, {r.what}, batch {r.batch}, {r.device}"
-        bars.append(Bar(name, (("images/s", r.img_per_s),), *(r.img_per_s * share for share in row.spread)))
+        bars.append(Bar(name, (("images/s", r.img_per_s),), *spread))
     return Stack("speed as measured", "images/s", tuple(bars), ("images/s",)) if bars else None
 
 

@@ -72,11 +72,11 @@ def time_table(group: Group[CostRow]) -> Table:
 
 def _speed(row: CostRow, value: float | None, form: str, name: str) -> Cell:
     """A measured speed with its quartiles."""
-    if value is None or row.spread is None:
+    if (spread := row.quartiles(value)) is None:
         return Cell("")
-    low, high = (value * share for share in row.spread)
+    low, high = spread
     text = f"{value:{form}} [{low:{form}}, {high:{form}}]"
-    return Cell(text, value, (row.place,), f"{name}, median and quartiles", interval=(low, high))
+    return Cell(text, value, (row.place,), f"{name}, median and quartiles", interval=spread)
 
 
 def _over(entry: Any, count: int) -> Any:
@@ -166,6 +166,5 @@ def _quantities(row: CostRow) -> Iterable[dict[str, Any]]:
             elif phase != "bound":
                 yield {"quantity": f"{kind}.{phase}", "value": entry, "unit": "ms", "bound": True}
     for name, unit in {"img_per_s": "images/s", "mfu": "fraction"}.items():
-        if (value := getattr(r, name)) is not None and row.spread is not None:
-            low, high = (value * share for share in row.spread)
-            yield {"quantity": name, "value": value, "low": low, "high": high, "unit": unit}
+        if (spread := row.quartiles(getattr(r, name))) is not None:
+            yield {"quantity": name, "value": getattr(r, name), "low": spread[0], "high": spread[1], "unit": unit}

@@ -61,13 +61,15 @@ class CostRow:
         """The frozen backbone alone."""
         return self.result.adapter == "none"
 
-    @property
-    def spread(self) -> tuple[float, float] | None:
-        """First and third quartile of its speed as shares of the median, from those of the time that the speed was taken of;
-        None of a bound, and where no time is."""
+    def quartiles(self, speed: float | None) -> tuple[float, float] | None:
+        """First and third of its images/s or MFU, from those of the time that the speed was taken of; None of a bound, and
+        where there is no speed or no time."""
         r = self.result
         time = r.latency_ms["batch"] if r.latency_ms else (r.step_time_ms or {}).get("total")
-        return tuple(time["median"] / q for q in reversed(time["quartiles"])) if isinstance(time, dict) else None
+        if speed is None or not isinstance(time, dict):
+            return None
+        fast, slow = time["quartiles"]
+        return speed * time["median"] / slow, speed * time["median"] / fast
 
     @property
     def label(self) -> str:
